@@ -1,0 +1,129 @@
+"""The four demonstration models: what each sees, learns and is small in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scangraph import phantoms
+
+#: Seeds of the phantoms that train, and of those that only measure. `phantoms.DEMO_SEED` is in neither.
+FIRST_TRAINING_SEED = 1000
+EVALUATION_SEEDS = tuple(range(2000, 2010))
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One input of a network.
+
+    Attributes
+    ----------
+    name : str
+        The port's name in the model's manifest.
+    phase : str
+        The phase its manifest asks for; "any" makes no difference between them.
+    phases : tuple of str
+        Phantom phases it is trained on, taken in turn from case to case.
+    """
+
+    name: str
+    phase: str
+    phases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model to train.
+
+    Attributes
+    ----------
+    number : int
+        nnU-Net's dataset number.
+    component : str
+        Id of the component it serves.
+    title : str
+    truth : str
+        The phantom's mask it learns; its label-table numbers, in order, are the network's labels 1, 2, ...
+    channels : tuple of Channel
+    spacing_mm : (z, y, x)
+        What it works at.
+    patch : (z, y, x)
+        Voxels of a tile; multiples of 8.
+    features : tuple of int
+        Width of the U-Net's stages, each at half the resolution of the one before.
+    iterations : int
+        Training steps.
+    """
+
+    number: int
+    component: str
+    title: str
+    truth: str
+    channels: tuple[Channel, ...]
+    spacing_mm: tuple[float, float, float]
+    patch: tuple[int, int, int]
+    features: tuple[int, ...]
+    iterations: int
+
+    @property
+    def dataset(self) -> str:
+        """Name of nnU-Net's dataset folder."""
+        return f"Dataset{self.number:03d}_phantom_{self.truth}"
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Label-table numbers of the network's labels 1, 2, ..."""
+        return phantoms.TASK_LABELS[self.truth]
+
+    def images(self, seed: int) -> tuple[str, ...]:
+        """Phases that a seed's phantom shows to the channels."""
+        return tuple(channel.phases[seed % len(channel.phases)] for channel in self.channels)
+
+
+# Thin tubes need the finer grid: at 2 mm a ureter is two to three voxels wide. Organs need context instead, to tell left from
+# right. The tasks that are hardest come first, so that a training that goes wrong is seen early.
+TASKS: dict[str, Task] = {
+    "ureter": Task(
+        904,
+        "inference/ureter",
+        "Ureters in the delayed phase (demonstration)",
+        "ureters",
+        (Channel("image_D", "delayed", ("delayed",)),),
+        spacing_mm=(2.0, 2.0, 2.0),
+        patch=(64, 64, 64),
+        features=(8, 16, 32, 64),
+        iterations=1000,
+    ),
+    "vessel": Task(
+        902,
+        "inference/vessel",
+        "Arteries and veins from the arterial and portal phase (demonstration)",
+        "vessels",
+        (Channel("image_A", "arterial", ("arterial",)), Channel("image_P", "portal", ("portal",))),
+        spacing_mm=(2.0, 2.0, 2.0),
+        patch=(64, 64, 80),
+        features=(8, 16, 32, 64),
+        iterations=1000,
+    ),
+    "tumor": Task(
+        903,
+        "inference/tumor",
+        "Kidney, tumor and cyst (demonstration)",
+        "tumor",
+        (Channel("image", "any", ("arterial", "portal")),),
+        spacing_mm=(2.5, 2.5, 2.5),
+        patch=(64, 64, 64),
+        features=(8, 16, 32, 64),
+        iterations=1200,
+    ),
+    "totalseg": Task(
+        901,
+        "inference/totalseg",
+        "Organs and great vessels (demonstration)",
+        "organs",
+        (Channel("image", "any", phantoms.PHASES),),
+        spacing_mm=(2.5, 2.5, 2.5),
+        patch=(80, 64, 96),
+        features=(8, 16, 32, 64),
+        iterations=1200,
+    ),
+}

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Build one virtual environment per stage from the locked pins beside this file.
+
+    python3.11 runtime_envs/build.py [STAGE ...]        make what is missing or outdated (default: every serving stage)
+    python3.11 runtime_envs/build.py --lock             resolve the `.in` files again into the `.txt` locks
+
+Standard library only: this runs before anything is installed. uv does the work (in a small venv of its own, `.envs/tools`)
+and hard-links every file out of one cache, so a second environment with the same torch costs seconds and no space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENVS = HERE.parent / ".envs"
+UV_VERSION = "0.13.8"
+SERVING = ("base", "nnunet", "smoothing")
+#: `dev` first: the other locks are constrained by it, so that one environment can hold all stages for tests and notebooks.
+LOCKED = ("dev", *SERVING)
+NUMPY_1 = "numpy1"  # an old interpreter for the pickling test
+#: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
+TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)
+
+
+class SetupError(Exception):
+    """An environment could not be built; the message names the stage and the cause."""
+
+
+def pip_configuration(python: str) -> dict[str, str]:
+    """Read pip's effective settings, because uv does not: an offline wheel folder or a company index must serve both."""
+    out = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
+    values: dict[str, list[str]] = {}
+    for line in out.splitlines():
+        key, _, value = line.partition("=")
+        scope, _, name = key.strip().rpartition(".")
+        if scope.strip(":") in {"global", "install", "env", "user", "site"}:
+            values.setdefault(name, []).extend(value.strip().strip("'\"").split())
+    return {name: " ".join(dict.fromkeys(v)) for name, v in values.items()}
+
+
+def uv_environment(python: str, environ: dict[str, str]) -> dict[str, str]:
+    """Return `environ` with uv's variables filled from pip's configuration where the user has not set them."""
+    env = dict(environ)
+    pip = pip_configuration(python)
+    given = {
+        "UV_FIND_LINKS": pip.get("find-links", "").replace(" ", ","),
+        "UV_INDEX": pip.get("extra-index-url", ""),
+        "UV_DEFAULT_INDEX": pip.get("index-url", ""),
+        "SSL_CERT_FILE": pip.get("cert", ""),
+    }
+    for name, value in given.items():
+        if value:
+            env.setdefault(name, value)
+    # pip takes the best version of all its indexes; uv by default the first index that knows the name.
+    if pip.get("extra-index-url"):
+        env.setdefault("UV_INDEX_STRATEGY", "unsafe-best-match")
+    env.setdefault("UV_HTTP_TIMEOUT", "180")
+    env.setdefault("UV_LINK_MODE", "hardlink")
+    env.setdefault("UV_CONCURRENT_DOWNLOADS", "8")
+    return env
+
+
+def run(stage: str, command: list[str], env: dict[str, str]) -> None:
+    """Run one uv command; turn its failure into a message that names stage and cause."""
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    if done.returncode:
+        cause = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
+        raise SetupError(
+            f"environment {stage!r} could not be built from runtime_envs/{stage}.txt:\n  " + "\n  ".join(cause[-12:])
+        )
+
+
+def find_uv(env: dict[str, str]) -> str:
+    """Install the pinned uv beside the environments (never into the user's Python) and return its path."""
+    tools = ENVS / "tools"
+    uv = tools / "bin" / "uv"
+    marker = tools / f"uv-{UV_VERSION}"
+    if not (uv.exists() and marker.exists()):
+        run("tools", [sys.executable, "-m", "venv", "--clear", str(tools)], env)
+        run("tools", [str(tools / "bin/python"), "-m", "pip", "install", "-q", f"uv=={UV_VERSION}"], env)
+        marker.touch()
+    return str(uv)
+
+
+def fingerprint(lock: Path, env: dict[str, str]) -> str:
+    """What an environment was made from; an equal fingerprint means that there is nothing to do."""
+    made_from = [lock.read_text(), (HERE / "overrides.txt").read_text(), sys.version, env.get("UV_TORCH_BACKEND", "")]
+    return hashlib.sha256("\0".join(made_from).encode()).hexdigest()
+
+
+def build(stage: str, uv: str, env: dict[str, str], lock: Path | None = None) -> str:
+    """Make `.envs/<stage>` equal to its lock and return one line that says what was done."""
+    start = time.monotonic()
+    lock = lock or HERE / f"{stage}.txt"
+    if not lock.exists():
+        raise SetupError(f"no lock file for stage {stage!r}: expected {lock}")
+    target = ENVS / stage
+    marker = target / "scangraph-lock"
+    wanted = fingerprint(lock, env)
+    if marker.exists() and marker.read_text() == wanted and (target / "bin/python").exists():
+        return f"{stage}: up to date"
+    marker.unlink(missing_ok=True)
+    run(stage, [uv, "venv", "-q", "--clear", "--seed", "--python", sys.executable, str(target)], env)
+    python = str(target / "bin/python")
+    install = [uv, "pip", "install", "-q", "--python", python, "--override", str(HERE / "overrides.txt"), "-r", str(lock)]
+    run(stage, install, env)
+    if stage in ("base", "dev"):  # the command `scangraph`; the other stages find the code by their working directory
+        run(stage, [uv, "pip", "install", "-q", "--python", python, "--no-deps", "-e", str(HERE.parent)], env)
+    marker.write_text(wanted)
+    return f"{stage}: built in {time.monotonic() - start:.0f} s"
+
+
+def lock(uv: str, env: dict[str, str]) -> None:
+    """Resolve the `.in` files. `dev`, the union, goes first and constrains the rest."""
+    for stage in LOCKED:
+        target = HERE / f"{stage}.txt"
+        command = [
+            uv,
+            "pip",
+            "compile",
+            "-q",
+            "--python-version",
+            "3.11",
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+        ]
+        command += ["--no-emit-find-links", "--override", str(HERE / "overrides.txt"), "--upgrade"]
+        if stage != "dev":
+            command += ["-c", str(HERE / "dev.txt")]
+        run(stage, [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
+        pins = [line for line in target.read_text().splitlines() if not TORCH_BUILD_ONLY.match(line)]
+        # A build's local version ("+cpu") is the machine's choice, not the lock's.
+        pins = [re.sub(r"^(torch==[^+\s]+)\+\S+", r"\1", line) for line in pins]
+        head = f"# Locked by `make lock` from {stage}.in; do not edit."
+        target.write_text("\n".join([head, *pins]) + "\n")
+        print(f"{stage}: {len(pins)} pins")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the environments in parallel and say what was done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=list(SERVING))
+    parser.add_argument("--lock", action="store_true")
+    arguments = parser.parse_args(argv)
+    if sys.version_info[:2] != (3, 11):
+        print(f"scangraph needs Python 3.11, this is {sys.version.split()[0]}: run `make PYTHON=/path/to/python3.11`")
+        return 2
+    env = uv_environment(sys.executable, dict(os.environ))
+    try:
+        uv = find_uv(env)
+        if arguments.lock:
+            lock(uv, env)
+            return 0
+        # The largest first, so that its downloads overlap everything else.
+        stages = sorted(arguments.stages, key=lambda s: s not in ("dev", "nnunet"))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            jobs = [pool.submit(build, stage, uv, env) for stage in stages]
+            failures = []
+            for job in concurrent.futures.as_completed(jobs):
+                try:
+                    print(job.result(), flush=True)
+                except SetupError as error:
+                    failures.append(error)
+        if failures:
+            raise SetupError("\n".join(str(error) for error in failures))
+    except SetupError as error:
+        print(f"setup failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

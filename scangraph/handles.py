@@ -1,0 +1,419 @@
+"""Typed access to the running deployments by handle: `scangraph.connect()`.
+
+Values go in, references travel, values come out: what a call returns stays in the object store until it is asked for, and a
+call given to the next call passes on a reference, not an array.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import threading
+import warnings
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+import pydantic
+import ray
+from ray import serve
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from scangraph.contracts import Component, LabelMap, Progress, Scene, StepSummary, Volume
+from scangraph.contracts.errors import InvalidParameters, NotRunning, ScanGraphError, StageLost, StageUnavailable, UnknownComponent
+
+APPLICATION = "scangraph"
+#: Where a local service says how to reach it, inside its data folder.
+SERVICE_FILE = "run/service.json"
+TOKEN_FILE = "run/ray-token"  # noqa: S105 - a file's name
+
+T = TypeVar("T")
+OnProgress = Callable[[Progress], None]
+#: What is raised when the process that works for us is gone; asking another one may help.
+_LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError)
+
+
+def new_execution_id() -> str:
+    """Return a random id."""
+    return secrets.token_hex(8)
+
+
+def own_error(error: BaseException) -> BaseException:
+    """Unpack what a stage raised: Ray hands over an error whose text is a remote traceback, with ours as its cause."""
+    if isinstance(error, RayTaskError):
+        return own_error(error.cause) if isinstance(error.cause, BaseException) else error
+    return error
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """References to a step's outputs, by port, and what the stage said about it."""
+
+    outputs: dict[str, ray.ObjectRef[Any]]
+    summary: StepSummary
+    attempts: int
+
+
+async def run_step(
+    handle: DeploymentHandle[Any],
+    component: Component,
+    inputs: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    *,
+    execution_id: str,
+    on_progress: OnProgress | None = None,
+    attempts: int = 3,
+) -> StepResult:
+    """Run a component on its deployment and keep its outputs as references.
+
+    The caller owns the outputs: they live as long as this process and the references do.
+
+    Parameters
+    ----------
+    handle : DeploymentHandle
+        Of the component's deployment.
+    inputs : mapping
+        ObjectRef, or list of them, by port.
+    attempts : int
+        How often it is tried when the process that runs it dies.
+
+    Raises
+    ------
+    ScanGraphError
+        What the stage raised; `StageLost` when every attempt died, `StageUnavailable` when there is no process to ask.
+    """
+    check_parameters(component, parameters)
+    streaming = handle.options(method_name="run", stream=True)
+    for attempt in range(1, attempts + 1):
+        try:
+            return await _run_once(streaming, component, inputs, parameters, execution_id, on_progress, attempt)
+        except _LOST as error:
+            if attempt == attempts:
+                hint = "the image may need more memory than there is"
+                raise StageLost(
+                    deployment=component.deployment, component=component.id, attempts=attempts, hint=hint
+                ) from error
+            if on_progress:
+                on_progress(Progress(0, 0, f"its process died, attempt {attempt + 1} of {attempts}"))
+            await asyncio.sleep(min(2**attempt, 10))  # Serve needs a moment to see the loss and start another
+        except DeploymentUnavailableError as error:
+            raise StageUnavailable(deployment=component.deployment, reason="it could not be started; see /readyz") from error
+        except RayTaskError as error:
+            raise own_error(error) from None
+    raise AssertionError("unreachable")
+
+
+async def _run_once(
+    streaming: DeploymentHandle[Any],
+    component: Component,
+    inputs: Mapping[str, Any],
+    parameters: Mapping[str, Any],
+    execution_id: str,
+    on_progress: OnProgress | None,
+    attempt: int,
+) -> StepResult:
+    # Inside a dict references stay references; as a top-level argument Serve would resolve them here.
+    response = streaming.remote(component.id, dict(inputs), dict(parameters), execution_id)
+    summary: StepSummary | None = None
+    outputs: list[ray.ObjectRef[Any]] = []
+    try:
+        async for ref in await response._to_object_ref_gen():  # noqa: SLF001 - Serve's documented way to keep results remote
+            if summary is not None:
+                outputs.append(ref)
+                continue
+            item = await ref
+            if isinstance(item, StepSummary):
+                summary = item
+            elif on_progress and isinstance(item, Progress):
+                on_progress(item)
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    if summary is None or len(outputs) != len(component.outputs):
+        raise StageUnavailable(deployment=component.deployment, reason=f"{component.id} ended without its outputs")
+    for ref in outputs:  # an output that failed to arrive is an error now, not at the next step
+        await ref
+    return StepResult(dict(zip((p.name for p in component.outputs), outputs, strict=True)), summary, attempt)
+
+
+def check_parameters(component: Component, parameters: Mapping[str, Any]) -> None:
+    """Raise `InvalidParameters`, naming every field that does not fit."""
+    try:
+        component.parameters.model_validate(dict(parameters))
+    except pydantic.ValidationError as error:
+        errors = [{"pointer": "/parameters/" + "/".join(map(str, e["loc"])), "detail": e["msg"]} for e in error.errors()]
+        detail = "; ".join(f"{e['pointer'].removeprefix('/parameters/')}: {e['detail']}" for e in errors)
+        raise InvalidParameters(component=component.id, detail=detail, errors=errors) from None
+
+
+class Call(Generic[T]):
+    """A running step. Await it, or ask for its `result()`; give it to another call to pass its result on by reference."""
+
+    def __init__(self, step: Future[StepResult], port: str, fetch: Callable[[Any], Awaitable[Any]], loop: asyncio.AbstractEventLoop) -> None:
+        self._step, self._port, self._fetch, self._loop = step, port, fetch, loop
+
+    async def _value(self) -> T:
+        step = await asyncio.wrap_future(self._step)
+        return cast("T", await self._fetch(step.outputs[self._port]))
+
+    def result(self, timeout: float | None = None) -> T:
+        """Wait and return the value; raises what the stage raised, or `TimeoutError`."""
+        return asyncio.run_coroutine_threadsafe(self._value(), self._loop).result(timeout)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._value(), self._loop)).__await__()
+
+    async def ref(self) -> Any:
+        """Return the reference to the value, without fetching it."""
+        return (await asyncio.wrap_future(self._step)).outputs[self._port]
+
+    def step(self, timeout: float | None = None) -> StepResult:
+        """Wait for the end and return what the stage said, without fetching the value."""
+        return self._step.result(timeout)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What must be known about the result; waits for it."""
+        return self._step.result().summary.warnings
+
+    def cancel(self) -> None:
+        """Stop the step."""
+        self._step.cancel()
+
+
+class Connection:
+    """Handles to the deployments of a running scangraph, from a script, a notebook or another deployment.
+
+    Made by `connect()`. Images may be given as values, calls or ObjectRefs.
+
+    Examples
+    --------
+    >>> with scangraph.connect() as graph:                        # doctest: +SKIP
+    ...     ct = graph.read("ct.nii.gz")
+    ...     organs = graph.totalseg(ct)
+    ...     scene = graph.smooth(organs)
+    ...     print(organs.result().volumes_ml(), len(scene.result().surfaces))
+    """
+
+    def __init__(self, application: str = APPLICATION, *, owns_ray: bool = False) -> None:
+        self._owns_ray = owns_ray
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="scangraph-connection", daemon=True)
+        self._thread.start()
+        self._application = application
+        self._handles: dict[str, DeploymentHandle[Any]] = {}
+        self._components: dict[str, Component] = {c.id: c for c in self._ask("executor", "components").result()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave; the service runs on."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _handle(self, deployment: str) -> DeploymentHandle[Any]:
+        if deployment not in self._handles:
+            self._handles[deployment] = serve.get_deployment_handle(deployment, self._application)
+        return self._handles[deployment]
+
+    def _ask(self, deployment: str, method: str, *arguments: Any) -> Future[Any]:
+        """Call a plain method and fetch its answer."""
+
+        async def ask() -> Any:
+            try:
+                return await self._handle(deployment).options(method_name=method).remote(*arguments)
+            except RayTaskError as error:
+                raise own_error(error) from None
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop)
+
+    # --- generic --------------------------------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Component]:
+        """Declarations of everything that can be run, by id."""
+        return dict(self._components)
+
+    def run(self, component_id: str, inputs: Mapping[str, Any], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Any]:
+        """Start any component; returns at once.
+
+        Parameters
+        ----------
+        component_id : str
+            As in `components`.
+        inputs : mapping
+            Volume, LabelMap, Scene, Call or ObjectRef (a list for ports that take many) by port.
+        on_progress : callable
+            Called with `Progress`, from another thread.
+
+        Returns
+        -------
+        Call
+            Of the component's first output.
+        """
+        component = self._component(component_id)
+        missing = [p.name for p in component.inputs if not p.optional and inputs.get(p.name) is None]
+        unknown = sorted(set(inputs) - {p.name for p in component.inputs})
+        if missing or unknown:
+            detail = "; ".join([f"input {name!r} is missing" for name in missing] + [f"there is no input {name!r}" for name in unknown])
+            raise InvalidParameters(component=component_id, detail=detail)
+        check_parameters(component, parameters)
+        step = asyncio.run_coroutine_threadsafe(self._start(component, inputs, parameters, on_progress), self._loop)
+        return Call(step, component.outputs[0].name, _await, self._loop)
+
+    async def _start(
+        self, component: Component, inputs: Mapping[str, Any], parameters: Mapping[str, Any], on_progress: OnProgress | None
+    ) -> StepResult:
+        refs = {name: await _as_ref(value) for name, value in inputs.items() if value is not None}
+        return await run_step(
+            self._handle(component.deployment),
+            component,
+            refs,
+            parameters,
+            execution_id=new_execution_id(),
+            on_progress=on_progress,
+        )
+
+    def _component(self, component_id: str) -> Component:
+        if component_id not in self._components:
+            raise UnknownComponent(component=component_id, known=", ".join(self._components))
+        return self._components[component_id]
+
+    # --- files -------------------------------------------------------------------------------------------------------------
+
+    def read(self, path: str | Path) -> Volume:
+        """Read a local image file through the graph's gate; see `imageio`."""
+        path = Path(path)
+        return cast("Volume", self._ask("imageio", "decode", path.read_bytes(), path.name, False).result())
+
+    def read_mask(self, path: str | Path, scheme: str | None = None) -> LabelMap:
+        """Read a local mask file; its numbers must be in the label table, or in the named scheme."""
+        path = Path(path)
+        return cast("LabelMap", self._ask("imageio", "decode", path.read_bytes(), path.name, True, scheme).result())
+
+    def encode(self, image: Volume | Call[Any]) -> bytes:
+        """Return an image or mask as the bytes of a `.nii.gz` file."""
+
+        async def encode() -> bytes:
+            ref = await _as_ref(image)
+            return cast("bytes", await self._handle("imageio").options(method_name="encode").remote(ref))
+
+        return asyncio.run_coroutine_threadsafe(encode(), self._loop).result()
+
+    # --- the components, typed ------------------------------------------------------------------------------------------------
+
+    def totalseg(self, image: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
+        """Segment the organs of a CT (`inference/totalseg`)."""
+        return self.run("inference/totalseg", {"image": image}, on_progress=on_progress, **parameters)
+
+    def vessel(self, image_A: Image, image_P: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:  # noqa: N803 - ports' names
+        """Segment arteries and veins from the arterial and the portal phase (`inference/vessel`), on the arterial grid."""
+        return self.run("inference/vessel", {"image_A": image_A, "image_P": image_P}, on_progress=on_progress, **parameters)
+
+    def ureter(self, image_D: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:  # noqa: N803
+        """Segment the ureters from the delayed phase (`inference/ureter`)."""
+        return self.run("inference/ureter", {"image_D": image_D}, on_progress=on_progress, **parameters)
+
+    def tumor(self, image: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
+        """Segment kidney tumors and cysts (`inference/tumor`)."""
+        return self.run("inference/tumor", {"image": image}, on_progress=on_progress, **parameters)
+
+    def merge(self, masks: Sequence[Mask], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
+        """Paint masks over each other (`postprocess/merge`); the last one wins."""
+        return self.run("postprocess/merge", {"masks": list(masks)}, on_progress=on_progress, **parameters)
+
+    def smooth(self, mask: Mask, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Scene]:
+        """Turn a mask into a scene of smoothed surfaces (`smoothing/base`)."""
+        return self.run("smoothing/base", {"mask": mask}, on_progress=on_progress, **parameters)
+
+    def preview(self, image: Image, mask: Mask, scene: Scene | Call[Scene], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[bytes]:
+        """Draw slices, mask and scene as a PNG (`smoothing/preview`)."""
+        return self.run("smoothing/preview", {"image": image, "mask": mask, "scene": scene}, on_progress=on_progress, **parameters)
+
+
+Image = Volume | Call[Any] | Any
+Mask = LabelMap | Call[LabelMap] | Any
+
+
+async def _await(ref: Any) -> Any:
+    try:
+        return await ref
+    except RayTaskError as error:
+        raise own_error(error) from None
+
+
+async def _as_ref(value: Any) -> Any:
+    """Return a reference to any value: a call's result where it is, anything else put into the store once."""
+    if isinstance(value, list | tuple):
+        return [await _as_ref(item) for item in value]
+    if isinstance(value, Call):
+        return await value.ref()
+    if isinstance(value, ray.ObjectRef):
+        return value
+    return await asyncio.get_running_loop().run_in_executor(None, ray.put, value)
+
+
+def connect(data: str | Path | None = None, *, address: str | None = None) -> Connection:
+    """Connect to a running scangraph.
+
+    Parameters
+    ----------
+    data : path
+        Data folder of a service on this machine; default `$SCANGRAPH_DATA`, else `./.scangraph`.
+    address : str
+        Address of a Ray cluster that serves scangraph, instead of `data`.
+
+    Raises
+    ------
+    NotRunning
+        If there is none.
+    """
+    if ray.is_initialized():  # inside the cluster, or a driver that is connected already
+        return _connected("in the connected Ray cluster", owns_ray=False)
+    where = f"at {address}"
+    if address is None:
+        folder = Path(data or os.environ.get("SCANGRAPH_DATA", ".scangraph")).expanduser().resolve()
+        where = f"in {folder}"
+        try:
+            address = str(json.loads((folder / SERVICE_FILE).read_text())["ray_address"])
+        except (OSError, ValueError, KeyError):
+            raise NotRunning(where=where) from None
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / TOKEN_FILE)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own, about its own future
+            ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise NotRunning(where=where) from error
+    return _connected(where, owns_ray=True)
+
+
+def _connected(where: str, *, owns_ray: bool) -> Connection:
+    try:
+        return Connection(owns_ray=owns_ray)
+    except ScanGraphError:
+        raise
+    except Exception as error:
+        if owns_ray:
+            with contextlib.suppress(Exception):
+                ray.shutdown()
+        raise NotRunning(where=where) from error
+
+
+__all__ = ["Call", "Connection", "StepResult", "connect", "run_step"]

@@ -11,6 +11,7 @@ and hard-links every file out of one cache, so a second environment with the sam
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
 import hashlib
 import os
@@ -24,9 +25,11 @@ HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
 SERVING = ("base", "nnunet", "smoothing")
-#: `dev` first: the other locks are constrained by it, so that one environment can hold all stages for tests and notebooks.
-LOCKED = ("dev", *SERVING)
-NUMPY_1 = "numpy1"  # an old interpreter for the pickling test
+#: `dev` holds all stages and their tests; `numpy1` is an interpreter with an old numpy, for the pickling test.
+TESTING = ("dev", "numpy1")
+#: `dev` first: it constrains the locks after it, so that one environment can hold all stages for tests and notebooks.
+LOCKED = ("dev", *SERVING, "numpy1")
+UNCONSTRAINED = TESTING
 #: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
 TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)
 
@@ -35,22 +38,23 @@ class SetupError(Exception):
     """An environment could not be built; the message names the stage and the cause."""
 
 
-def pip_configuration(python: str) -> dict[str, str]:
-    """Read pip's effective settings, because uv does not: an offline wheel folder or a company index must serve both."""
-    out = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False).stdout
-    values: dict[str, list[str]] = {}
+def pip_configuration(python: str, environ: dict[str, str]) -> dict[str, str]:
+    """Read what `pip install` would use, because uv does not: an offline wheel folder or a company index must serve both."""
+    command = [python, "-m", "pip", "config", "list"]
+    out = subprocess.run(command, env=environ, capture_output=True, text=True, check=False).stdout
+    scopes: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}  # the later goes before the earlier
     for line in out.splitlines():
         key, _, value = line.partition("=")
-        scope, _, name = key.strip().rpartition(".")
-        if scope.strip(":") in {"global", "install", "env", "user", "site"}:
-            values.setdefault(name, []).extend(value.strip().strip("'\"").split())
-    return {name: " ".join(dict.fromkeys(v)) for name, v in values.items()}
+        scope, _, name = key.rpartition(".")
+        if scope in scopes:
+            scopes[scope][name] = " ".join(ast.literal_eval(value).split())  # pip prints repr(), with \n between entries
+    return {name: value for values in scopes.values() for name, value in values.items()}
 
 
 def uv_environment(python: str, environ: dict[str, str]) -> dict[str, str]:
     """Return `environ` with uv's variables filled from pip's configuration where the user has not set them."""
     env = dict(environ)
-    pip = pip_configuration(python)
+    pip = pip_configuration(python, environ)
     given = {
         "UV_FIND_LINKS": pip.get("find-links", "").replace(" ", ","),
         "UV_INDEX": pip.get("extra-index-url", ""),
@@ -69,14 +73,12 @@ def uv_environment(python: str, environ: dict[str, str]) -> dict[str, str]:
     return env
 
 
-def run(stage: str, command: list[str], env: dict[str, str]) -> None:
-    """Run one uv command; turn its failure into a message that names stage and cause."""
+def run(purpose: str, command: list[str], env: dict[str, str]) -> None:
+    """Run one command; turn its failure into a message that names the purpose and the cause."""
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         cause = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise SetupError(
-            f"environment {stage!r} could not be built from runtime_envs/{stage}.txt:\n  " + "\n  ".join(cause[-12:])
-        )
+        raise SetupError(f"{purpose} failed:\n  " + "\n  ".join(cause[-12:]))
 
 
 def find_uv(env: dict[str, str]) -> str:
@@ -85,8 +87,8 @@ def find_uv(env: dict[str, str]) -> str:
     uv = tools / "bin" / "uv"
     marker = tools / f"uv-{UV_VERSION}"
     if not (uv.exists() and marker.exists()):
-        run("tools", [sys.executable, "-m", "venv", "--clear", str(tools)], env)
-        run("tools", [str(tools / "bin/python"), "-m", "pip", "install", "-q", f"uv=={UV_VERSION}"], env)
+        run("making the venv of uv", [sys.executable, "-m", "venv", "--clear", str(tools)], env)
+        run(f"installing uv {UV_VERSION}", [str(tools / "bin/python"), "-m", "pip", "install", "-q", f"uv=={UV_VERSION}"], env)
         marker.touch()
     return str(uv)
 
@@ -97,47 +99,38 @@ def fingerprint(lock: Path, env: dict[str, str]) -> str:
     return hashlib.sha256("\0".join(made_from).encode()).hexdigest()
 
 
-def build(stage: str, uv: str, env: dict[str, str], lock: Path | None = None) -> str:
-    """Make `.envs/<stage>` equal to its lock and return one line that says what was done."""
+def build(stage: str, uv: str, env: dict[str, str], locks: Path = HERE, envs: Path = ENVS) -> str:
+    """Make `<envs>/<stage>` equal to `<locks>/<stage>.txt` and return one line that says what was done."""
     start = time.monotonic()
-    lock = lock or HERE / f"{stage}.txt"
+    lock = locks / f"{stage}.txt"
     if not lock.exists():
         raise SetupError(f"no lock file for stage {stage!r}: expected {lock}")
-    target = ENVS / stage
+    target = envs / stage
     marker = target / "scangraph-lock"
     wanted = fingerprint(lock, env)
     if marker.exists() and marker.read_text() == wanted and (target / "bin/python").exists():
         return f"{stage}: up to date"
     marker.unlink(missing_ok=True)
-    run(stage, [uv, "venv", "-q", "--clear", "--seed", "--python", sys.executable, str(target)], env)
+    purpose = f"building environment {stage!r} from {lock.name}"
+    run(purpose, [uv, "venv", "-q", "--clear", "--seed", "--python", sys.executable, str(target)], env)
     python = str(target / "bin/python")
     install = [uv, "pip", "install", "-q", "--python", python, "--override", str(HERE / "overrides.txt"), "-r", str(lock)]
-    run(stage, install, env)
+    run(purpose, install, env)
     if stage in ("base", "dev"):  # the command `scangraph`; the other stages find the code by their working directory
-        run(stage, [uv, "pip", "install", "-q", "--python", python, "--no-deps", "-e", str(HERE.parent)], env)
+        run(purpose, [uv, "pip", "install", "-q", "--python", python, "--no-deps", "-e", str(HERE.parent)], env)
     marker.write_text(wanted)
     return f"{stage}: built in {time.monotonic() - start:.0f} s"
 
 
 def lock(uv: str, env: dict[str, str]) -> None:
-    """Resolve the `.in` files. `dev`, the union, goes first and constrains the rest."""
+    """Resolve the `.in` files again."""
     for stage in LOCKED:
         target = HERE / f"{stage}.txt"
-        command = [
-            uv,
-            "pip",
-            "compile",
-            "-q",
-            "--python-version",
-            "3.11",
-            "--no-header",
-            "--no-annotate",
-            "--no-emit-index-url",
-        ]
-        command += ["--no-emit-find-links", "--override", str(HERE / "overrides.txt"), "--upgrade"]
-        if stage != "dev":
+        command = [uv, "pip", "compile", "-q", "--upgrade", "--python-version", "3.11", "--no-header", "--no-annotate"]
+        command += ["--no-emit-index-url", "--no-emit-find-links", "--override", str(HERE / "overrides.txt")]
+        if stage not in UNCONSTRAINED:
             command += ["-c", str(HERE / "dev.txt")]
-        run(stage, [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
+        run(f"resolving {stage}.in", [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
         pins = [line for line in target.read_text().splitlines() if not TORCH_BUILD_ONLY.match(line)]
         # A build's local version ("+cpu") is the machine's choice, not the lock's.
         pins = [re.sub(r"^(torch==[^+\s]+)\+\S+", r"\1", line) for line in pins]

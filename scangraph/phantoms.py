@@ -388,7 +388,7 @@ def _paint_anatomy(canvas: _Canvas, rng: np.random.Generator) -> str:
     _paint_chest_and_bowel(canvas, rng, cavity)
     _paint_organs(canvas, rng, cavity)
     _paint_skeleton(canvas, rng)
-    bladder = np.array([rng.normal(0, 3), -15 + rng.normal(0, 3), -120 + rng.normal(0, 3)])
+    bladder = np.array([rng.normal(0, 3), -28 + rng.normal(0, 3), -120 + rng.normal(0, 3)])
     kidneys = [_Kidney.draw(rng, side) for side in (-1, 1)]
     for kidney in kidneys:
         _paint_kidney(canvas, rng, kidney, cavity)
@@ -616,12 +616,13 @@ def _paint_urinary_tract(canvas: _Canvas, rng: np.random.Generator, kidney: _Kid
         exit_,
         (s * (37 + wander[0, 0]), 24 + wander[0, 1], -28),
         (s * (37 + wander[1, 0]), 10 + wander[1, 1], -62),
-        (s * (40 + wander[2, 0]), -2 + wander[2, 1], -90),
-        (s * 42, 8, -110),
-        bladder + (s * 27, 20, -4),
-        bladder + (s * 14, 14, -14),
+        (s * (31 + wander[2, 0]), -1 + wander[2, 1], -85),  # in front of the iliac vessels, which it crosses here
+        (s * 21, 0, -102),
+        (s * 20, 5, -116),
+        bladder + (s * 14, 21, -10),
+        bladder + (s * 8, 12, -17),
     ]
-    canvas.paint(_tube(course, (3.2, width, width, width, width, width, width)), _Tissue((12, 18, urine * 0.9), {"ureters": URETER}))
+    canvas.paint(_tube(course, [3.2] + [width] * (len(course) - 1)), _Tissue((12, 18, urine * 0.9), {"ureters": URETER}))
 
 
 def _paint_bladder(canvas: _Canvas, rng: np.random.Generator, centre: Point) -> None:

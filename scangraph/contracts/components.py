@@ -51,7 +51,7 @@ class Port(BaseModel):
 
     @property
     def path_name(self) -> str:
-        """Field that carries its path in JSON: `image_A` -> `image_A_path`, a scene -> `obj_path`, several masks -> `mask_paths`."""
+        """Its field in JSON: `image_A` -> `image_A_path`, a scene -> `obj_path`, `masks` that takes many -> `masks_paths`."""
         stem = _PATH_NAMES.get(self.kind, self.name)
         return f"{stem}_paths" if self.many else f"{stem}_path"
 

@@ -74,11 +74,22 @@ class ScanGraphError(Exception):
         return self.template.format_map(_Lenient(self.fields))
 
 
+class _Missing(str):
+    """A field's name in braces, whatever format its place asks for."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+    __repr__ = str.__str__
+
+
 class _Lenient(dict[str, Any]):
     """An error about an error helps nobody: a missing field shows as its name."""
 
     def __missing__(self, key: str) -> str:
-        return "{" + key + "}"
+        return _Missing("{" + key + "}")
 
 
 class UsageError(ScanGraphError):

@@ -53,13 +53,17 @@ class Surface:
         faces = np.ascontiguousarray(self.faces, np.int32)
         if vertices.ndim != 2 or faces.ndim != 2 or vertices.shape[1] != 3 or faces.shape[1] != 3:
             raise InvalidVolume(detail=f"a surface is (V, 3) vertices and (F, 3) faces, got {vertices.shape} and {faces.shape}")
+        # Plain numbers, as in `Volume`: numpy scalars would carry numpy's module names into pickles.
+        red, green, blue = map(int, self.color)
+        object.__setattr__(self, "label", int(self.label))
+        object.__setattr__(self, "color", (red, green, blue))
         object.__setattr__(self, "vertices_mm", vertices)
         object.__setattr__(self, "faces", faces)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         def buffer(array: NDArray[Any]) -> Any:
             raw = array.reshape(-1).view(np.uint8)
-            return pickle.PickleBuffer(raw) if int(protocol) >= 5 else raw.tobytes()
+            return pickle.PickleBuffer(raw.data) if int(protocol) >= 5 else raw.tobytes()
 
         return _rebuild, (self.name, self.label, self.color, buffer(self.vertices_mm), buffer(self.faces))
 

@@ -71,7 +71,8 @@ class Volume:
     Raises
     ------
     InvalidVolume
-        If the array has another number of axes or an empty one, or the geometry is not finite, positive and orthonormal.
+        If the array has another number of axes, an empty one or no real numbers, or the geometry is not finite, positive and
+        orthonormal.
 
     Notes
     -----
@@ -90,23 +91,19 @@ class Volume:
             raise InvalidVolume(
                 detail=f"expected a (z, y, x) or (c, z, y, x) array with no empty axis, got shape {array.shape}"
             )
+        if array.dtype.kind not in "biuf":
+            raise InvalidVolume(detail=f"expected an array of real numbers, got {array.dtype}")
         object.__setattr__(self, "array", array)
         object.__setattr__(self, "spacing_mm", _vector("spacing_mm", self.spacing_mm))
         object.__setattr__(self, "origin_mm", _vector("origin_mm", self.origin_mm))
+        object.__setattr__(self, "direction", _direction(self.direction))
         if min(self.spacing_mm) <= 0:
             raise InvalidVolume(detail=f"spacing_mm must be positive, got {self.spacing_mm}")
-        rows = np.asarray(self.direction, dtype=np.float64)
-        if rows.size != 9 or not np.isfinite(rows).all():
-            raise InvalidVolume(detail=f"direction must be 3×3 finite numbers, got {self.direction}")
-        rows = rows.reshape(3, 3)
-        if np.abs(rows.T @ rows - np.eye(3)).max() > _ORTHONORMAL_TOLERANCE:
-            raise InvalidVolume(detail=f"direction must be orthonormal, got {rows.tolist()}")
-        object.__setattr__(self, "direction", tuple(tuple(float(v) for v in row) for row in rows))
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         contiguous = np.ascontiguousarray(self.array)
         raw = contiguous.reshape(-1).view(np.uint8)
-        data = pickle.PickleBuffer(raw) if int(protocol) >= 5 else raw.tobytes()
+        data = pickle.PickleBuffer(raw.data) if int(protocol) >= 5 else raw.tobytes()
         geometry = (self.spacing_mm, self.origin_mm, self.direction)
         return _rebuild, (type(self), contiguous.dtype.str, contiguous.shape, data, geometry, self._extra())
 
@@ -149,11 +146,13 @@ class Volume:
     def from_affine_lps(cls, array: NDArray[Any], affine: ArrayLike, **extra: Any) -> Self:
         """Make a volume from an array and a 4×4 matrix from index (x, y, z) to LPS millimetres, without shear."""
         matrix = np.asarray(affine, dtype=np.float64)
+        if matrix.shape != (4, 4) or not np.isfinite(matrix).all():
+            raise InvalidVolume(detail=f"the affine must be 4×4 finite numbers, got {matrix.tolist()}")
         spacing = np.linalg.norm(matrix[:3, :3], axis=0)
-        if not (np.isfinite(matrix).all() and spacing.min() > 0):
-            raise InvalidVolume(detail=f"the affine is not finite or not invertible: {matrix.tolist()}")
-        direction = matrix[:3, :3] / spacing
-        return cls(array, tuple(spacing[::-1]), tuple(matrix[:3, 3]), direction, **extra)  # type: ignore[arg-type]
+        if spacing.min() <= 0:
+            raise InvalidVolume(detail=f"the affine is not invertible: {matrix.tolist()}")
+        direction = _direction(matrix[:3, :3] / spacing)
+        return cls(array, _vector("spacing_mm", spacing[::-1]), _vector("origin_mm", matrix[:3, 3]), direction, **extra)
 
     def index_to_world(self, index_zyx: ArrayLike) -> NDArray[np.float64]:
         """Map (…, 3) array indices (z, y, x), fractions allowed, to (…, 3) LPS millimetres (x, y, z)."""
@@ -196,7 +195,7 @@ class Volume:
 
     @property
     def axcodes(self) -> str:
-        """Where the index axes x, y, z lead, as nibabel names it: "LPS" for an unrotated ITK image. Oblique axes: the nearest."""
+        """Where the index axes x, y, z lead, as nibabel names it: "LPS" for an unrotated ITK image. Oblique: the nearest."""
         return "".join(
             (_POSITIVE if sign > 0 else _NEGATIVE)[world]
             for world, sign in _closest_axes(np.asarray(self.direction, dtype=np.float64))
@@ -212,21 +211,20 @@ class Volume:
             raise InvalidVolume(detail=f"{axcodes!r} does not name three axes, one each of L/R, P/A, S/I")
         current = _closest_axes(np.asarray(self.direction, dtype=np.float64))
         source = [next(i for i, (world, _) in enumerate(current) if world == w) for w, _ in wanted]  # new x, y, z from old
-        flips = [current[i][1] != sign for i, (_, sign) in zip(source, wanted, strict=True)]
-        lead = tuple(range(self.array.ndim - 3))
-        old_zyx = [len(lead) + 2 - i for i in source][::-1]  # array axes are stored z, y, x
-        array = self.array.transpose(*lead, *old_zyx)[(..., *(slice(None, None, -1 if f else 1) for f in flips[::-1]))]
-        first = [(self.shape[2 - i] - 1) if f else 0 for i, f in zip(source, flips, strict=True)]  # old index of new voxel 0
-        index_xyz = [0.0, 0.0, 0.0]
-        for i, f in zip(source, first, strict=True):
-            index_xyz[i] = f
-        direction = np.asarray(self.direction)[:, source] * np.where(flips, -1.0, 1.0)
+        flipped = [current[i][1] != sign for i, (_, sign) in zip(source, wanted, strict=True)]
+        # Arrays are stored z, y, x: index axis i is the array's axis last - i.
+        last = self.array.ndim - 1
+        axes = (*range(last - 2), *(last - i for i in reversed(source)))
+        array = np.flip(self.array.transpose(axes), axis=tuple(last - i for i, flip in enumerate(flipped) if flip))
+        old_first = np.zeros(3)  # where the new voxel (0, 0, 0) was
+        for i, flip in zip(source, flipped, strict=True):
+            old_first[2 - i] = self.shape[2 - i] - 1 if flip else 0
         return replace(
             self,
             array=array,
-            spacing_mm=tuple(self.spacing_mm[2 - i] for i in source[::-1]),
-            origin_mm=self.index_to_world(index_xyz[::-1]),
-            direction=direction,
+            spacing_mm=_vector("spacing_mm", [self.spacing_mm[2 - i] for i in reversed(source)]),
+            origin_mm=_vector("origin_mm", self.index_to_world(old_first)),
+            direction=_direction(np.asarray(self.direction)[:, source] * np.where(flipped, -1.0, 1.0)),
         )
 
     def to_nnunet_props(self) -> NnunetProperties:
@@ -281,18 +279,17 @@ class LabelMap(Volume):
         return {n: count * self.voxel_volume_mm3 / 1000 for n, count in self.counts().items()}
 
     def on_grid_of(self, target: Volume) -> LabelMap:
-        """Look up every voxel centre of `target` in this mask (nearest neighbour, 0 outside); itself where the grids are equal."""
+        """Look up every voxel centre of `target` (nearest neighbour as in ITK, 0 outside); itself where the grids are equal."""
         if self.same_grid(target):
             return self
         # One matrix from target index to own index; slab by slab, so that 512³ never needs three float arrays of that size.
         to_own = np.linalg.inv(self.affine_lps) @ target.affine_lps
         out = np.zeros(target.shape, self.array.dtype)
         y, x = np.meshgrid(np.arange(target.shape[1]), np.arange(target.shape[2]), indexing="ij")
+        first_slab = np.tensordot(to_own[:3, :2], np.stack([x, y]), axes=1) + to_own[:3, 3, None, None]
         bounds = np.asarray(self.shape[::-1])[:, None, None]
         for z in range(target.shape[0]):
-            own = np.rint(
-                np.tensordot(to_own[:3, :3], np.stack([x, y, np.full_like(x, z)]), axes=1) + to_own[:3, 3, None, None]
-            )
+            own = np.floor(first_slab + (z * to_own[:3, 2] + 0.5)[:, None, None])  # halves go up, as in ITK
             inside = ((own >= 0) & (own < bounds)).all(axis=0)
             ix, iy, iz = own[:, inside].astype(np.intp)
             out[z][inside] = self.array[iz, iy, ix]
@@ -324,6 +321,18 @@ def _vector(name: str, values: Any) -> Vector:
     if array.size != 3 or not np.isfinite(array).all():
         raise InvalidVolume(detail=f"{name} must be three finite numbers, got {values}")
     return (float(array[0]), float(array[1]), float(array[2]))
+
+
+def _direction(values: Any) -> Matrix:
+    """Make 3×3 plain floats with orthonormal columns."""
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.size != 9 or not np.isfinite(rows).all():
+        raise InvalidVolume(detail=f"direction must be 3×3 finite numbers, got {values}")
+    rows = rows.reshape(3, 3)
+    if np.abs(rows.T @ rows - np.eye(3)).max() > _ORTHONORMAL_TOLERANCE:
+        raise InvalidVolume(detail=f"direction must be orthonormal, got {rows.tolist()}")
+    x, y, z = (_vector("direction", row) for row in rows)
+    return (x, y, z)
 
 
 def _closest_axes(direction: NDArray[np.float64]) -> list[tuple[int, int]]:

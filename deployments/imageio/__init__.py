@@ -1,0 +1,1 @@
+"""Image files: the only reader and writer."""

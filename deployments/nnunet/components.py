@@ -1,0 +1,83 @@
+"""What the segmentation stage offers."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from scangraph.contracts import Component, Port
+
+VERSION = "1.0.0"
+
+
+class SegmentParameters(BaseModel):
+    """Parameters of every segmentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="id of an installed model; unset: the installed one for this task")
+    step_size: float = Field(0.5, ge=0.25, le=1.0, description="distance of neighbouring tiles as a part of their size")
+
+
+def _image(name: str, phase: str, text: str) -> Port:
+    return Port.model_validate({"name": name, "kind": "image", "modality": "CT", "phase": phase, "description": text})
+
+
+def _mask(text: str) -> Port:
+    return Port(name="mask", kind="mask", description=text)
+
+
+TOTALSEG = Component(
+    id="inference/totalseg",
+    version=VERSION,
+    title="Organs",
+    description="Segments the organs of an abdominal CT of any contrast phase.",
+    deployment="nnunet",
+    inputs=(_image("image", "any", "CT in Hounsfield units"),),
+    outputs=(_mask("organs, on the image's grid"),),
+    parameters=SegmentParameters,
+    constraints=(
+        "CT only.",
+        "An image finer than 1 mm gives no better result than one of 1 mm: it is worked on at the model's spacing.",
+    ),
+)
+VESSEL = Component(
+    id="inference/vessel",
+    version=VERSION,
+    title="Arteries and veins",
+    description="Segments arteries and veins from the arterial and the portal phase; the result lies on image_A's grid.",
+    deployment="nnunet",
+    inputs=(
+        _image("image_A", "arterial", "CT in the arterial phase; the result lies on its grid"),
+        _image("image_P", "portal", "CT in the portal venous phase; resampled onto image_A by its geometry"),
+    ),
+    outputs=(_mask("arteries and veins, on image_A's grid"),),
+    parameters=SegmentParameters,
+    constraints=(
+        "Only the arterial (A) and the portal venous (P) phase.",
+        "Both images must show the same part of the same patient; they are not registered to each other.",
+    ),
+)
+URETER = Component(
+    id="inference/ureter",
+    version=VERSION,
+    title="Ureters",
+    description="Segments the ureters from the delayed (excretory) phase.",
+    deployment="nnunet",
+    inputs=(_image("image_D", "delayed", "CT in the delayed phase, with contrast in the ureters"),),
+    outputs=(_mask("ureters, on the image's grid"),),
+    parameters=SegmentParameters,
+    constraints=("Only the delayed (D) phase: without contrast in the ureters nothing reliable is found.",),
+)
+TUMOR = Component(
+    id="inference/tumor",
+    version=VERSION,
+    title="Kidney tumor and cyst",
+    description="Segments kidneys, tumors and cysts from the arterial or portal phase.",
+    deployment="nnunet",
+    inputs=(_image("image", "any", "CT in the arterial or portal phase"),),
+    outputs=(_mask("kidney, tumor and cyst, on the image's grid"),),
+    parameters=SegmentParameters,
+    constraints=("Contrast-enhanced CT; without contrast a tumor cannot be told from the kidney.",),
+)
+
+COMPONENTS = (TOTALSEG, VESSEL, URETER, TUMOR)

@@ -1,0 +1,39 @@
+"""The segmentation stage on Ray Serve."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from deployments.nnunet.components import COMPONENTS, SegmentParameters
+from scangraph.settings import NnunetSettings
+from scangraph.stage import Report, Stage, StepOutput
+
+
+@serve.deployment(name="nnunet")
+class Nnunet(Stage):
+    """One deployment for all nnU-Net models."""
+
+    def __init__(self, settings: NnunetSettings, model_folders: tuple[Path, ...]) -> None:
+        import torch
+
+        from deployments.nnunet import segmentation
+
+        torch.set_num_threads(segmentation.pick_threads(settings.threads, os.cpu_count() or 1))
+        self._segment = segmentation.segment
+        device = segmentation.pick_device(settings.num_gpus or 0)
+        self._models = segmentation.ModelStore(model_folders, device, settings.models_held)
+        self._device = str(device)
+        super().__init__({component: partial(self._run, component.id) for component in COMPONENTS})
+
+    def _run(self, task: str, inputs: Mapping[str, Any], parameters: SegmentParameters, report: Report) -> StepOutput:
+        report(0, 0, "loading the model")
+        model, networks, loaded = self._models.get(task, parameters.model)
+        mask, warnings = self._segment(inputs, model, networks, step_size=parameters.step_size, on_progress=report)
+        facts = {"model": model.describe(), "model_loaded": loaded, "device": self._device}
+        return StepOutput((mask,), tuple(warnings), facts)

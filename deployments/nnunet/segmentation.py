@@ -1,0 +1,233 @@
+"""From volumes to a label map with a model: grids, orientations, label numbers and what is to be said about the result."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813 - the name everybody knows it by
+import torch
+
+from deployments.nnunet.predictor import Network
+from deployments.nnunet.weights import read_network_folder
+from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
+from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, WrongGrid
+from scangraph.models import Model, choose_model, verify_files
+
+#: Below this part of common space two phases cannot be of one region.
+_LEAST_OVERLAP = 0.5
+_AIR_HU = -1024
+#: Median HU inside the found structure under which the image is unlikely to be of its phase, per (input, label name).
+_ENHANCEMENT_HU = {("image_A", "artery"): 150, ("image_P", "vein"): 90, ("image_D", "ureter"): 150}
+
+OnProgress = Callable[[int, int, str], None]
+
+
+class ModelStore:
+    """Loads models when they are first asked for and keeps the last few.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Where models are looked for at every request, so that a swapped folder is noticed without a restart.
+    device : torch.device
+        Where the networks go.
+    held : int
+        How many models are kept.
+    """
+
+    def __init__(self, folders: Sequence[Path], device: torch.device, held: int) -> None:
+        self._folders, self._device, self._held = tuple(folders), device, held
+        self._loaded: OrderedDict[str, list[Network]] = OrderedDict()
+
+    def get(self, task: str, model_id: str | None) -> tuple[Model, list[Network], bool]:
+        """Return (model, its networks, whether they had to be loaded).
+
+        Raises
+        ------
+        ModelNotFound, InvalidModel
+            If there is none, or it cannot be trusted.
+        """
+        model = choose_model(self._folders, task, model_id)
+        fresh = model.digest not in self._loaded
+        if fresh:
+            verify_files(model)
+            while len(self._loaded) >= self._held:
+                self._loaded.popitem(last=False)
+            self._loaded[model.digest] = [self._load(model, i) for i in range(len(model.manifest.networks))]
+        self._loaded.move_to_end(model.digest)
+        return model, self._loaded[model.digest], fresh
+
+    def _load(self, model: Model, index: int) -> Network:
+        entry = model.manifest.networks[index]
+        folder = read_network_folder(model.folder / entry.folder, entry.folds)
+        network = Network(folder, self._device, mirroring=model.manifest.mirroring)
+        if network.channels != len(model.manifest.inputs):
+            reason = f"{entry.folder} takes {network.channels} channels, the manifest names {len(model.manifest.inputs)} inputs"
+            raise InvalidModel(folder=str(model.folder), reason=reason)
+        return network
+
+
+def segment(
+    inputs: Mapping[str, Volume], model: Model, networks: Sequence[Network], *, step_size: float, on_progress: OnProgress
+) -> tuple[LabelMap, list[str]]:
+    """Segment an image, or several of one patient, with a model.
+
+    Parameters
+    ----------
+    inputs : mapping
+        Volumes by the names of the model's inputs. The result lies on the grid of the first one.
+    model : Model
+        Which one.
+    networks : sequence of Network
+        Its networks, in the manifest's order.
+    step_size : float
+        Distance of neighbouring tiles as a part of their size.
+    on_progress : callable
+        Called as `on_progress(done, total, message)`.
+
+    Returns
+    -------
+    (LabelMap, list of str)
+        On exactly the first input's grid; and warnings.
+
+    Raises
+    ------
+    InvalidParameters
+        If an input of the model is missing, or has channels.
+    WrongGrid
+        If the images hardly overlap.
+    OutOfMemory
+        If the device has too little.
+    """
+    manifest = model.manifest
+    names = [entry.name for entry in manifest.inputs]
+    for name in names:
+        if name not in inputs:
+            raise InvalidParameters(component=manifest.task, detail=f"model {manifest.id} needs the input {name!r}")
+        if inputs[name].array.ndim != 3:
+            raise InvalidParameters(component=manifest.task, detail=f"{name} has channels; expected one CT")
+    first = inputs[names[0]]
+    warnings = [*model.warnings, *_input_warnings(inputs, names, manifest.task)]
+    on_progress(0, 0, "preparing")
+    aligned = [first, *(onto_grid(inputs[name], first, name, names[0]) for name in names[1:])]
+    turned = [volume.reoriented(manifest.orientation) for volume in aligned]
+
+    merged = np.zeros(turned[0].shape, np.uint8)
+    for index, (entry, network) in enumerate(zip(manifest.networks, networks, strict=True)):
+        message = f"{manifest.id}, network {index + 1} of {len(networks)}" if len(networks) > 1 else manifest.id
+
+        def on_tile(done: int, total: int, index: int = index, message: str = message) -> None:
+            on_progress(index * total + done, len(networks) * total, message)
+
+        try:
+            own = network.predict([v.array for v in turned], turned[0].spacing_mm, on_tile, step_size)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise OutOfMemory(component=manifest.task, device="GPU", shape="×".join(map(str, first.shape))) from None
+        numbers = lookup_table(entry.labels, int(own.max(initial=0)) + 1)[own]
+        np.copyto(merged, numbers, where=numbers != 0)
+    result = LabelMap(merged, turned[0].spacing_mm, turned[0].origin_mm, turned[0].direction, manifest.labels)
+    # Turning back only flips and permutes; the input's own geometry is then put in its place to the last bit.
+    array = np.ascontiguousarray(result.reoriented(first.axcodes).array)
+    mask = LabelMap(array, first.spacing_mm, first.origin_mm, first.direction, manifest.labels)
+    warnings += _result_warnings(mask, dict(zip(names, aligned, strict=True)))
+    return mask, warnings
+
+
+def onto_grid(moving: Volume, fixed: Volume, moving_name: str, fixed_name: str) -> Volume:
+    """Resample a volume onto another one's grid by their geometries (linear; air outside).
+
+    Raises
+    ------
+    WrongGrid
+        If less than half of `fixed` lies inside `moving`.
+    """
+    if moving.same_grid(fixed):
+        return moving
+    overlap = fixed.overlap_fraction(moving)
+    if overlap < _LEAST_OVERLAP:
+        raise WrongGrid(
+            first=fixed_name,
+            second=moving_name,
+            overlap_percent=100 * overlap,
+            first_extent=_extent(fixed),
+            second_extent=_extent(moving),
+        )
+    image = sitk.GetImageFromArray(np.asarray(moving.array, dtype=np.float32))
+    image.SetSpacing(moving.spacing_mm[::-1])
+    image.SetOrigin(moving.origin_mm)
+    image.SetDirection(tuple(c for row in moving.direction for c in row))
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetSize([int(n) for n in fixed.shape[::-1]])
+    resampler.SetOutputSpacing(fixed.spacing_mm[::-1])
+    resampler.SetOutputOrigin(fixed.origin_mm)
+    resampler.SetOutputDirection(tuple(c for row in fixed.direction for c in row))
+    resampler.SetInterpolator(sitk.sitkLinear)
+    resampler.SetDefaultPixelValue(_AIR_HU)
+    return fixed.with_array(sitk.GetArrayViewFromImage(resampler.Execute(image)).copy())
+
+
+def _extent(volume: Volume) -> str:
+    low, high = volume.extent_mm()
+    return " × ".join(f"{a:.0f}…{b:.0f}" for a, b in zip(low, high, strict=True))
+
+
+def _input_warnings(inputs: Mapping[str, Volume], names: Sequence[str], task: str) -> list[str]:
+    """Say which declared limits the inputs break without being refused."""
+    found = []
+    first = inputs[names[0]]
+    if task == "inference/totalseg" and min(first.spacing_mm) < 1:
+        found.append(f"The image is finer than 1 mm ({_spacing(first)} mm); this gives no better result, only a longer wait.")
+    if max(first.spacing_mm) > 6:
+        found.append(f"The slices are {max(first.spacing_mm):g} mm apart: thin structures between them are lost.")
+    for i, name in enumerate(names):
+        for other in names[i + 1 :]:
+            same = inputs[name].shape == inputs[other].shape and np.array_equal(inputs[name].array, inputs[other].array)
+            if same:
+                found.append(f"{name} and {other} are the same image; this model was made for two different contrast phases.")
+    for name in names:
+        sample = inputs[name].array[:: max(1, inputs[name].shape[0] // 16)]
+        if sample.min() >= 0 or sample.max() < 100:
+            found.append(f"{name} does not look like CT in Hounsfield units (values {sample.min():g} to {sample.max():g}).")
+    return found
+
+
+def _result_warnings(mask: LabelMap, images: Mapping[str, Volume]) -> list[str]:
+    """Say what the result itself shows: nothing found, or contrast that does not fit the declared phase."""
+    counts = mask.counts()
+    if not counts:
+        return ["Nothing was found."]
+    found = []
+    for (name, structure), least in _ENHANCEMENT_HU.items():
+        number = label_number(structure)
+        if name in images and number in counts:
+            median = float(np.median(images[name].array[mask.array == number]))
+            if median < least:
+                title = label_table()[number].title
+                found.append(
+                    f"The {title}s have {median:.0f} HU on {name}, less than the {least} expected in its contrast phase: "
+                    "check that the right series was sent."
+                )
+    return found
+
+
+def _spacing(volume: Volume) -> str:
+    return "×".join(f"{s:.2f}" for s in volume.spacing_mm)
+
+
+def pick_device(num_gpus: float) -> torch.device:
+    """Return the GPU where a share of one was reserved and one is there, else the CPU."""
+    if num_gpus > 0 and torch.cuda.is_available():
+        # Ray's fractions are bookkeeping only: without this cap a replica may take its neighbours' memory.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_gpus), 0)
+        return torch.device("cuda", 0)
+    return torch.device("cpu")
+
+
+def pick_threads(wanted: int, cores: int) -> int:
+    """Return the threads to use: the setting, or every core. Ray sets OMP_NUM_THREADS to the CPUs a replica reserves."""
+    return wanted or max(1, math.floor(cores))

@@ -1,0 +1,18 @@
+"""What the mask stage offers."""
+
+from __future__ import annotations
+
+from scangraph.contracts import Component, Port
+
+MERGE = Component(
+    id="postprocess/merge",
+    version="1.0.0",
+    title="Merge masks",
+    description="Paints masks over each other; where several name a voxel, the later one wins. The result has the first one's grid.",
+    deployment="postprocess",
+    inputs=(Port(name="masks", kind="mask", many=True, description="masks of one patient, the most important last"),),
+    outputs=(Port(name="mask", kind="mask", description="all of them in one"),),
+    constraints=("Masks on another grid than the first are looked up by nearest neighbour.",),
+)
+
+COMPONENTS = (MERGE,)

@@ -1,0 +1,29 @@
+"""The mask stage on Ray Serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+
+from deployments.postprocess.components import MERGE
+from scangraph.contracts import NoParameters, merge_label_maps
+from scangraph.stage import Report, Stage, StepOutput
+
+
+@serve.deployment(name="postprocess")
+class Postprocess(Stage):
+    """Masks to masks."""
+
+    def __init__(self) -> None:
+        super().__init__({MERGE: _merge})
+
+
+def _merge(inputs: Mapping[str, Any], parameters: NoParameters, report: Report) -> StepOutput:  # noqa: ARG001 - the signature of every operation
+    masks = inputs["masks"]
+    report(0, len(masks), "merging")
+    merged = merge_label_maps(masks)
+    grids = sum(not mask.same_grid(masks[0]) for mask in masks)
+    warnings = (f"{grids} of {len(masks)} masks lay on another grid than the first.",) if grids else ()
+    return StepOutput((merged,), warnings, {"volumes_ml": {str(k): round(v, 3) for k, v in merged.volumes_ml().items()}})

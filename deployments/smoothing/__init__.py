@@ -1,0 +1,1 @@
+"""Masks to surfaces, and pictures of them."""

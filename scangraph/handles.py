@@ -28,7 +28,14 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from scangraph.contracts import Component, LabelMap, Progress, Scene, StepSummary, Volume
-from scangraph.contracts.errors import InvalidParameters, NotRunning, ScanGraphError, StageLost, StageUnavailable, UnknownComponent
+from scangraph.contracts.errors import (
+    InvalidParameters,
+    NotRunning,
+    ScanGraphError,
+    StageLost,
+    StageUnavailable,
+    UnknownComponent,
+)
 
 APPLICATION = "scangraph"
 #: Where a local service says how to reach it, inside its data folder.
@@ -157,7 +164,9 @@ def check_parameters(component: Component, parameters: Mapping[str, Any]) -> Non
 class Call(Generic[T]):
     """A running step. Await it, or ask for its `result()`; give it to another call to pass its result on by reference."""
 
-    def __init__(self, step: Future[StepResult], port: str, fetch: Callable[[Any], Awaitable[Any]], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, step: Future[StepResult], port: str, fetch: Callable[[Any], Awaitable[Any]], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._step, self._port, self._fetch, self._loop = step, port, fetch, loop
 
     async def _value(self) -> T:
@@ -249,7 +258,9 @@ class Connection:
         """Declarations of everything that can be run, by id."""
         return dict(self._components)
 
-    def run(self, component_id: str, inputs: Mapping[str, Any], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Any]:
+    def run(
+        self, component_id: str, inputs: Mapping[str, Any], *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[Any]:
         """Start any component; returns at once.
 
         Parameters
@@ -270,7 +281,9 @@ class Connection:
         missing = [p.name for p in component.inputs if not p.optional and inputs.get(p.name) is None]
         unknown = sorted(set(inputs) - {p.name for p in component.inputs})
         if missing or unknown:
-            detail = "; ".join([f"input {name!r} is missing" for name in missing] + [f"there is no input {name!r}" for name in unknown])
+            detail = "; ".join(
+                [f"input {name!r} is missing" for name in missing] + [f"there is no input {name!r}" for name in unknown]
+            )
             raise InvalidParameters(component=component_id, detail=detail)
         check_parameters(component, parameters)
         step = asyncio.run_coroutine_threadsafe(self._start(component, inputs, parameters, on_progress), self._loop)
@@ -321,7 +334,9 @@ class Connection:
         """Segment the organs of a CT (`inference/totalseg`)."""
         return self.run("inference/totalseg", {"image": image}, on_progress=on_progress, **parameters)
 
-    def vessel(self, image_A: Image, image_P: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:  # noqa: N803 - ports' names
+    def vessel(
+        self, image_A: Image, image_P: Image, *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[LabelMap]:  # noqa: N803 - ports' names
         """Segment arteries and veins from the arterial and the portal phase (`inference/vessel`), on the arterial grid."""
         return self.run("inference/vessel", {"image_A": image_A, "image_P": image_P}, on_progress=on_progress, **parameters)
 
@@ -341,9 +356,13 @@ class Connection:
         """Turn a mask into a scene of smoothed surfaces (`smoothing/base`)."""
         return self.run("smoothing/base", {"mask": mask}, on_progress=on_progress, **parameters)
 
-    def preview(self, image: Image, mask: Mask, scene: Scene | Call[Scene], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[bytes]:
+    def preview(
+        self, image: Image, mask: Mask, scene: Scene | Call[Scene], *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[bytes]:
         """Draw slices, mask and scene as a PNG (`smoothing/preview`)."""
-        return self.run("smoothing/preview", {"image": image, "mask": mask, "scene": scene}, on_progress=on_progress, **parameters)
+        return self.run(
+            "smoothing/preview", {"image": image, "mask": mask, "scene": scene}, on_progress=on_progress, **parameters
+        )
 
 
 Image = Volume | Call[Any] | Any

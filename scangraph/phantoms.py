@@ -203,7 +203,9 @@ def _spline(points: Point, radii: Point, step_mm: float) -> tuple[Point, Point]:
         p0, p1, p2, p3 = padded[i : i + 4]
         count = max(1, int(np.ceil(np.linalg.norm(p2 - p1) / step_mm)))
         t = np.arange(1, count + 1)[:, None] / count
-        line.append(0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3))
+        line.append(
+            0.5 * (2 * p1 + (p2 - p0) * t + (2 * p0 - 5 * p1 + 4 * p2 - p3) * t**2 + (3 * p1 - p0 - 3 * p2 + p3) * t**3)
+        )
         widths.append(radii[i] + (radii[i + 1] - radii[i]) * t[:, 0])
     return np.concatenate(line), np.concatenate(widths)
 
@@ -270,9 +272,7 @@ class _Grid:
     scale: float
 
     @classmethod
-    def centred(
-        cls, spacing_mm: tuple[float, float, float], degrees: tuple[float, float, float], scale: float
-    ) -> _Grid:
+    def centred(cls, spacing_mm: tuple[float, float, float], degrees: tuple[float, float, float], scale: float) -> _Grid:
         """Cover the field of view of a patient of this scale."""
         spacing_xyz = np.array(spacing_mm[::-1])
         size_xyz = np.ceil(2 * _HALF_FIELD_MM * scale / spacing_xyz).astype(int)
@@ -304,7 +304,9 @@ class _Grid:
 
     def coordinates(self, box: tuple[slice, slice, slice]) -> tuple[Array, Array, Array]:
         """Anatomical coordinates x, y, z (mm) of a box's voxel centres, each of a shape that broadcasts to the box."""
-        z, y, x = (np.arange(s.start, s.stop, dtype=np.float32) * np.float32(d) for s, d in zip(box, self.spacing_mm, strict=True))
+        z, y, x = (
+            np.arange(s.start, s.stop, dtype=np.float32) * np.float32(d) for s, d in zip(box, self.spacing_mm, strict=True)
+        )
         steps = (x[None, None, :], y[None, :, None], z[:, None, None])
         cx, cy, cz = (
             (_dot(row, steps) + np.float32(o)) / np.float32(self.scale)
@@ -430,7 +432,9 @@ def _paint_body(canvas: _Canvas, rng: np.random.Generator) -> Distance:
     canvas.paint([cavity], _Tissue((-100, -98, -99)))
     for side in (-1, 1):
         erector = _tube([(side * 34, 70, -170), (side * 33, 66, 0), (side * 32, 68, 170)], (24, 22, 18), 40)
-        psoas = _tube([(side * 27, 46, 40), (side * 36, 42, -30), (side * 52, 34, -100), (side * 66, 20, -170)], (7, 14, 18, 16), 12)
+        psoas = _tube(
+            [(side * 27, 46, 40), (side * 36, 42, -30), (side * 52, 34, -100), (side * 66, 20, -170)], (7, 14, 18, 16), 12
+        )
         canvas.paint(erector + psoas, muscle, within=inset(fat).distance)
     return cavity.distance
 
@@ -479,9 +483,7 @@ def _paint_organs(canvas: _Canvas, rng: np.random.Generator, cavity: Distance) -
     spleen = _ellipsoid(
         jitter[1] + (86, 24, 98), size[1] * np.array([23, 36, 46]), _rotation((20, 8, -15)), _ripple(rng, 3, 60)
     )
-    pancreas = _tube(
-        jitter[2] * 0.5 + np.array([(-32, -8, 36), (-10, -20, 44), (22, -18, 56), (56, 0, 72)]), (12, 8, 8, 6)
-    )
+    pancreas = _tube(jitter[2] * 0.5 + np.array([(-32, -8, 36), (-10, -20, 44), (22, -18, 56), (56, 0, 72)]), (12, 8, 8, 6))
     canvas.paint(liver, _vary(rng, 78, 112, 96, organs=LIVER), within=inside)
     canvas.paint([spleen], _vary(rng, 130, 122, 104, organs=SPLEEN), within=inside)
     canvas.paint(pancreas, _vary(rng, 105, 90, 75), within=inside)
@@ -620,7 +622,7 @@ def _paint_urinary_tract(canvas: _Canvas, rng: np.random.Generator, kidney: _Kid
         (s * 21, 0, -102),
         (s * 20, 5, -116),
         bladder + (s * 14, 21, -10),
-        bladder + (s * 8, 12, -17),
+        bladder + (s * 8, 9, -13),
     ]
     canvas.paint(_tube(course, [3.2] + [width] * (len(course) - 1)), _Tissue((12, 18, urine * 0.9), {"ureters": URETER}))
 
@@ -658,7 +660,9 @@ def _paint_vessels(canvas: _Canvas, rng: np.random.Generator, kidneys: Sequence[
             tips = [inner, kidney.at(-0.42, -0.2, up * 0.22), kidney.at(-0.2, -0.25, up * 0.4)]
             veins += _tube(tips, (2.8, 2.4, 2.0))
     canvas.paint(veins, _Tissue(vein_hu, {"vessels": VEIN}))
-    cava = _tube([(vx + 3, vy + 2, -66), (vx, vy, -20), (vx, vy, 60), (vx - 4, vy - 8, 120), (vx - 2, vy - 14, 180)], [cava_mm] * 5)
+    cava = _tube(
+        [(vx + 3, vy + 2, -66), (vx, vy, -20), (vx, vy, 60), (vx - 4, vy - 8, 120), (vx - 2, vy - 14, 180)], [cava_mm] * 5
+    )
     canvas.paint(cava, _Tissue(vein_hu, {"vessels": VEIN, "organs": VENA_CAVA}))
 
     arteries = [
@@ -680,7 +684,13 @@ def _renal_artery(rng: np.random.Generator, kidney: _Kidney, root: Point, cava_x
     hilum = kidney.at(-1.05, 0.12, 0.08)
     thick = rng.uniform(2.8, 3.4)
     if kidney.side < 0:
-        course = [root, root + (-aorta_mm - 2, 12, -2), (cava_x, root[1] + 17, root[2] - 4), (cava_x - 15, root[1] + 13, root[2] - 6), hilum]
+        course = [
+            root,
+            root + (-aorta_mm - 2, 12, -2),
+            (cava_x, root[1] + 17, root[2] - 4),
+            (cava_x - 15, root[1] + 13, root[2] - 6),
+            hilum,
+        ]
     else:
         course = [root, root + (aorta_mm + 6, 8, -2), hilum]
     solids = _tube(course, [thick] * (len(course) - 1) + [thick * 0.9])

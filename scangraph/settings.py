@@ -80,7 +80,11 @@ class Settings(BaseSettings):
     """Settings of the whole service, from `SCANGRAPH_…` variables; a section's field is `SCANGRAPH_<SECTION>__<FIELD>`."""
 
     model_config = SettingsConfigDict(
-        env_prefix="SCANGRAPH_", env_nested_delimiter="__", frozen=True, extra="ignore", nested_model_default_partial_update=True
+        env_prefix="SCANGRAPH_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="ignore",
+        nested_model_default_partial_update=True,
     )
 
     data: Path = Field(Path(".scangraph"), description="folder of everything a server keeps: storage/, models/, caches")

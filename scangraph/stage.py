@@ -155,4 +155,3 @@ def _watch_memory() -> Any:
     with contextlib.suppress(OSError):
         reset.write_text("5")  # proc(5): resets VmHWM
     yield peak
-

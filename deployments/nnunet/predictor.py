@@ -120,5 +120,7 @@ class Network:
         self._predictor.on_tile = on_tile
         self._predictor.tile_step_size = step_size
         image = np.stack([np.asarray(channel, dtype=np.float32) for channel in channels])
-        labels: NDArray[np.unsignedinteger[Any]] = self._predictor.predict_single_npy_array(image, {"spacing": list(spacing_mm)})
+        labels: NDArray[np.unsignedinteger[Any]] = self._predictor.predict_single_npy_array(
+            image, {"spacing": list(spacing_mm)}
+        )
         return labels.astype(np.uint16 if labels.max(initial=0) > 255 else np.uint8, copy=False)

@@ -24,14 +24,24 @@ _UNET = "dynamic_network_architectures.architectures.unet."
 ARCHITECTURES = frozenset({_UNET + "PlainConvUNet", _UNET + "ResidualEncoderUNet"})
 #: What an architecture's arguments may name, and what it stands for.
 MODULES = frozenset(
-    [f"torch.nn.modules.{kind}.{name}{d}d" for kind, name in (("conv", "Conv"), ("instancenorm", "InstanceNorm")) for d in (2, 3)]
-    + [f"torch.nn.modules.{kind}.{name}{d}d" for kind, name in (("batchnorm", "BatchNorm"), ("dropout", "Dropout")) for d in (2, 3)]
+    [
+        f"torch.nn.modules.{kind}.{name}{d}d"
+        for kind, name in (("conv", "Conv"), ("instancenorm", "InstanceNorm"))
+        for d in (2, 3)
+    ]
+    + [
+        f"torch.nn.modules.{kind}.{name}{d}d"
+        for kind, name in (("batchnorm", "BatchNorm"), ("dropout", "Dropout"))
+        for d in (2, 3)
+    ]
     + ["torch.nn.LeakyReLU", "torch.nn.ReLU", "torch.nn.modules.activation.LeakyReLU", "torch.nn.modules.activation.ReLU"]
 )
 NORMALIZATIONS = frozenset(
     ["CTNormalization", "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization"]
 )
-RESAMPLERS = frozenset(["resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple", "no_resampling_hack"])
+RESAMPLERS = frozenset(
+    ["resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple", "no_resampling_hack"]
+)
 PREPROCESSORS = frozenset(["DefaultPreprocessor"])
 #: Trainers whose networks are what the plans say. Others may change the architecture, and then the weights would not fit.
 _STOCK_TRAINER = "nnUNetTrainer"

@@ -91,7 +91,7 @@ TASKS: dict[str, Task] = {
         spacing_mm=(2.0, 2.0, 2.0),
         patch=(64, 64, 64),
         features=(8, 16, 32, 64),
-        iterations=1000,
+        iterations=1100,
     ),
     "vessel": Task(
         902,
@@ -102,7 +102,7 @@ TASKS: dict[str, Task] = {
         spacing_mm=(2.0, 2.0, 2.0),
         patch=(64, 64, 80),
         features=(8, 16, 32, 64),
-        iterations=1000,
+        iterations=1100,
     ),
     "tumor": Task(
         903,
@@ -113,7 +113,7 @@ TASKS: dict[str, Task] = {
         spacing_mm=(2.5, 2.5, 2.5),
         patch=(64, 64, 64),
         features=(8, 16, 32, 64),
-        iterations=1200,
+        iterations=1100,
     ),
     "totalseg": Task(
         901,
@@ -124,6 +124,6 @@ TASKS: dict[str, Task] = {
         spacing_mm=(2.5, 2.5, 2.5),
         patch=(80, 64, 96),
         features=(8, 16, 32, 64),
-        iterations=1200,
+        iterations=900,
     ),
 }

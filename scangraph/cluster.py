@@ -1,0 +1,126 @@
+"""Start and stop a local Ray with the graph on it, for `scangraph serve`, `run` and `demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from scangraph.handles import APPLICATION, SERVICE_FILE, TOKEN_FILE
+from scangraph.settings import Settings
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running local service."""
+
+    url: str
+    settings: Settings
+    seconds_to_start: float
+
+
+def free_port(host: str) -> int:
+    """Return a port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]:
+    """Run the graph on a Ray of its own until the block ends.
+
+    Parameters
+    ----------
+    settings : Settings
+        `port` 0 takes a free one.
+    http : bool
+        Without it nothing listens for requests; the graph is used by handles.
+    """
+    from graph import build_app  # the command line stands on top of everything; nothing below imports the graph
+
+    start = time.monotonic()
+    settings.storage_root.mkdir(parents=True, exist_ok=True)
+    run_folder = settings.data / "run"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    _write_private(settings.data / TOKEN_FILE, secrets.token_hex(32))
+    # Ray switches its token on by itself, but takes one that every user of the machine may read.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.data / TOKEN_FILE)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Unix sockets have short names, so Ray's own files cannot live in a deep data folder.
+    temporary = Path(tempfile.mkdtemp(prefix="scangraph-"))
+    service_file = settings.data / SERVICE_FILE
+    port = settings.port or free_port(settings.host)
+    logging.getLogger("ray").setLevel(settings.log_level)
+    logging.getLogger("ray.serve").setLevel("WARNING")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray's own, about its own future
+            ray.init(
+                address="local",
+                namespace="serve",
+                num_cpus=settings.cpus,
+                object_store_memory=settings.object_store_mb and settings.object_store_mb * 2**20,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                logging_level="ERROR",
+                _temp_dir=str(temporary),
+                _node_ip_address="127.0.0.1",
+            )
+            settings = with_gpu_share(settings.model_copy(update={"port": port}))
+            options = HTTPOptions(host=settings.host, port=port) if http else HTTPOptions(location="NoServer")
+            serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
+            serve.run(build_app(settings), name=APPLICATION, route_prefix="/")
+        address = ray.get_runtime_context().gcs_address
+        url = f"http://{settings.host}:{port}"
+        _write_private(service_file, json.dumps({"ray_address": address, "url": url if http else None, "pid": os.getpid()}))
+        yield Service(url, settings, time.monotonic() - start)
+    finally:
+        service_file.unlink(missing_ok=True)
+        with contextlib.suppress(Exception):  # a Ray that died on its own has nothing left to shut down
+            serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def with_gpu_share(settings: Settings) -> Settings:
+    """Fill in the GPU share: half a GPU where the cluster has one, none elsewhere."""
+    if settings.nnunet.num_gpus is not None:
+        return settings
+    share = 0.5 if ray.cluster_resources().get("GPU", 0) >= 0.5 else 0.0
+    return settings.model_copy(update={"nnunet": settings.nnunet.model_copy(update={"num_gpus": share})})
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, from its first moment on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)

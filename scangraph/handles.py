@@ -319,6 +319,10 @@ class Connection:
         path = Path(path)
         return cast("LabelMap", self._ask("imageio", "decode", path.read_bytes(), path.name, True, scheme).result())
 
+    def put(self, value: Volume | Scene) -> Any:
+        """Put a value into the object store once and return its reference, to be given to several calls."""
+        return ray.put(value)
+
     def encode(self, image: Volume | Call[Any]) -> bytes:
         """Return an image or mask as the bytes of a `.nii.gz` file."""
 

@@ -54,7 +54,10 @@ def write_dataset(raw: Path, phantom_folder: Path, task: Task, seeds: list[int])
         label = folder / "labelsTr" / f"case_{seed}.nii.gz"
         sitk.WriteImage(mask, str(label))
         images = [phantom_folder / f"{seed}_{phase}.nii.gz" for phase in task.images(seed)]
-        cases[f"case_{seed}"] = {"images": [os.path.relpath(i, folder) for i in images], "label": os.path.relpath(label, folder)}
+        cases[f"case_{seed}"] = {
+            "images": [os.path.relpath(i, folder) for i in images],
+            "label": os.path.relpath(label, folder),
+        }
     description = dataset_description(task, len(seeds))
     (folder / "dataset.json").write_text(json.dumps({**description, "dataset": cases}, indent=1))
     names = sorted(cases)

@@ -1,0 +1,49 @@
+# Everything starts here. Needs Python 3.11, make and git; the rest is fetched from the package registries.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .envs/base/bin
+DEV := .envs/dev/bin
+OUT ?= demo-output
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo serve test lint types train lock bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## build the environments (.envs/<stage>) and fetch what the 3-D view needs
+	@$(PYTHON) runtime_envs/build.py
+	@sh runtime_envs/system.sh
+
+setup-dev: ## the same, with the environment for tests and notebooks
+	@$(PYTHON) runtime_envs/build.py base nnunet smoothing dev numpy1
+	@sh runtime_envs/system.sh
+
+demo: setup ## run the main job: make demo [CT=path.nii.gz] [OUT=dir]
+	@$(BIN)/scangraph demo $(if $(CT),--ct "$(CT)") --out "$(OUT)"
+
+serve: setup ## start the service: make serve [PORT=8000]
+	@$(BIN)/scangraph serve $(if $(PORT),--port $(PORT))
+
+lint: setup-dev ## style
+	@$(DEV)/ruff check .
+	@$(DEV)/ruff format --check .
+
+types: setup-dev ## types
+	@$(DEV)/mypy
+
+test: lint types ## every check
+	@$(DEV)/python -m pytest $(PYTEST)
+
+train: setup ## train the demonstration models again (up to an hour on a CPU)
+	@.envs/nnunet/bin/python -m models.training.train
+
+bench: setup-dev ## measure again what benchmarks/README.md quotes
+	@$(DEV)/python -m benchmarks.nifti
+	@$(DEV)/python -m benchmarks.hops
+	@$(DEV)/python -m benchmarks.starts
+
+lock: ## resolve runtime_envs/*.in into the locks again
+	@$(PYTHON) runtime_envs/build.py --lock
+
+clean: ## remove environments and results, keep the data folder
+	rm -rf .envs demo-output .pytest_cache .mypy_cache .ruff_cache

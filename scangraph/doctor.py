@@ -1,0 +1,144 @@
+"""`scangraph doctor`: looks at what the service needs of this machine, and says how to mend what is missing."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from runtime_envs import lock_of
+from scangraph.cluster import port_is_free
+from scangraph.contracts.errors import InvalidModel
+from scangraph.models import installed_models, invalid_models, verify_files
+from scangraph.settings import Settings
+
+Level = Literal["ok", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `mend` says what to do about it."""
+
+    level: Level
+    subject: str
+    text: str
+    mend: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Look at everything; nothing is changed."""
+    checks = (_python, _processor, _gpu, _memory, _disk, _environments, _libraries, _port, _models)
+    return [finding for check in checks for finding in check(settings)]
+
+
+def _python(_: Settings) -> Iterator[Finding]:
+    good = sys.version_info[:2] == (3, 11)
+    yield Finding("ok" if good else "error", "Python", sys.version.split()[0], "" if good else "Use Python 3.11.")
+
+
+def _processor(settings: Settings) -> Iterator[Finding]:
+    cores = os.cpu_count() or 1
+    flags: set[str] = set()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        flags = set(next((line for line in info.read_text().splitlines() if line.startswith("flags")), "").split())
+    names = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "AVX-512 bf16", "amx_bf16": "AMX bf16"}
+    have = ", ".join(title for flag, title in names.items() if flag in flags) or "no vector extensions known here"
+    slow = bool(flags) and "avx2" not in flags
+    mend = "Segmentation will be very slow: use a machine with AVX2, or a GPU." if slow else ""
+    yield Finding("warning" if slow else "ok", "processor", f"{settings.cpus or cores} of {cores} cores, {have}", mend)
+
+
+def _gpu(settings: Settings) -> Iterator[Finding]:
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        wanted = bool(settings.nnunet.num_gpus)
+        mend = "Install NVIDIA's driver, or set SCANGRAPH_NNUNET__NUM_GPUS=0." if wanted else ""
+        yield Finding("error" if wanted else "ok", "GPU", "none; the CPU is used", mend)
+        return
+    python = settings.environments_dir / "nnunet/bin/python"
+    cpu_build = any((settings.environments_dir / "nnunet").glob("lib/*/site-packages/torch-*+cpu.dist-info"))
+    if python.exists() and cpu_build:
+        yield Finding("warning", "GPU", "there, but torch is a CPU build", "Run `UV_TORCH_BACKEND=auto make setup`.")
+    else:
+        yield Finding("ok", "GPU", "an NVIDIA device is there")
+
+
+def _memory(_: Settings) -> Iterator[Finding]:
+    memory = psutil.virtual_memory()
+    low = memory.available < 6 * 2**30
+    mend = "Close other programs: one 512×512×300 CT needs about 6 GB." if low else ""
+    yield Finding(
+        "warning" if low else "ok", "memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GB free", mend
+    )
+    shm = Path("/dev/shm")  # noqa: S108 - looked at, not written
+    if shm.is_dir():
+        free = shutil.disk_usage(shm).free
+        small = free < 2 * 2**30
+        mend = "Arrays go to /tmp instead and are slower: mount a larger /dev/shm (docker: --shm-size=8g)." if small else ""
+        yield Finding("warning" if small else "ok", "shared memory", f"{free / 2**30:.1f} GB free in /dev/shm", mend)
+
+
+def _disk(settings: Settings) -> Iterator[Finding]:
+    folder = settings.data
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if not os.access(folder, os.W_OK):
+        yield Finding("error", "data folder", f"{settings.data} cannot be written", "Set SCANGRAPH_DATA to a folder of yours.")
+    low = free < 5 * 2**30
+    mend = "Free space, or set SCANGRAPH_DATA to another disk." if low else ""
+    yield Finding("warning" if low else "ok", "disk", f"{free / 2**30:.1f} GB free at {settings.data}", mend)
+
+
+def _environments(settings: Settings) -> Iterator[Finding]:
+    if settings.environments == "ray-built":
+        yield Finding("ok", "environments", "made by Ray on every node when a stage starts")
+        return
+    for stage in ("base", "nnunet", "smoothing"):
+        folder = settings.environments_dir / lock_of(stage)
+        good = (folder / "scangraph-lock").exists()
+        text = f"{stage}: {'built' if good else 'missing or unfinished'}"
+        yield Finding("ok" if good else "error", "environments", text, "" if good else "Run `make setup`.")
+
+
+def _libraries(_: Settings) -> Iterator[Finding]:
+    for name, purpose in (("EGL", "the 3-D view of pictures"),):
+        found = ctypes.util.find_library(name)
+        mend = "" if found else "Debian: apt-get install libegl1 libgl1-mesa-dri (or run `make setup` as root)."
+        yield Finding("ok" if found else "warning", "libraries", f"{name} ({purpose}): {found or 'missing'}", mend)
+
+
+def _port(settings: Settings) -> Iterator[Finding]:
+    free = settings.port == 0 or port_is_free(settings.host, settings.port)
+    mend = "" if free else "A service may be running already; else choose another: `make serve PORT=8123`."
+    yield Finding(
+        "ok" if free else "warning", "port", f"{settings.host}:{settings.port} is {'free' if free else 'taken'}", mend
+    )
+    if settings.host not in {"127.0.0.1", "localhost", "::1"}:
+        text = f"listens on {settings.host}, and there are no accounts yet: whoever reaches it may use it"
+        yield Finding("warning", "port", text, "Set SCANGRAPH_HOST=127.0.0.1.")
+
+
+def _models(settings: Settings) -> Iterator[Finding]:
+    for error in invalid_models(settings.model_folders):
+        yield Finding("error", "models", error.detail, "Install the model again, or remove its folder.")
+    models = installed_models(settings.model_folders)
+    for model in models:
+        try:
+            verify_files(model)
+        except InvalidModel as error:
+            yield Finding("error", "models", error.detail, "Install the model again, or remove its folder.")
+            continue
+        text = f"{model.manifest.id} {model.manifest.version} for {model.manifest.task}"
+        demo = model.manifest.demo
+        mend = "For real patients install real weights: `scangraph models install --help`." if demo else ""
+        yield Finding("ok", "models", text + (" (demonstration only)" if demo else ""), mend)
+    if not models:
+        yield Finding("error", "models", f"none in {settings.models_dir}", "Set SCANGRAPH_MODELS_DIR, or install models.")

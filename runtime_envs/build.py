@@ -2,7 +2,7 @@
 """Build one virtual environment per stage from the locked pins beside this file.
 
     python3.11 runtime_envs/build.py [STAGE ...]        make what is missing or outdated (default: every serving stage)
-    python3.11 runtime_envs/build.py --lock             resolve the `.in` files again into the `.txt` locks
+    python3.11 runtime_envs/build.py --lock [STAGE ...] resolve the `.in` files again into the `.txt` locks
 
 Standard library only: this runs before anything is installed. uv does the work (in a small venv of its own, `.envs/tools`)
 and hard-links every file out of one cache, so a second environment with the same torch costs seconds and no space.
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,9 +28,8 @@ UV_VERSION = "0.13.8"
 SERVING = ("base", "nnunet", "smoothing")
 #: `dev` holds all stages and their tests; `numpy1` is an interpreter with an old numpy, for the pickling test.
 TESTING = ("dev", "numpy1")
-#: `dev` first: it constrains the locks after it, so that one environment can hold all stages for tests and notebooks.
+#: `dev` first: it constrains the serving stages' locks, so that one environment can hold all stages for tests and notebooks.
 LOCKED = ("dev", *SERVING, "numpy1")
-UNCONSTRAINED = TESTING
 #: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
 TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)
 
@@ -122,13 +122,13 @@ def build(stage: str, uv: str, env: dict[str, str], locks: Path = HERE, envs: Pa
     return f"{stage}: built in {time.monotonic() - start:.0f} s"
 
 
-def lock(uv: str, env: dict[str, str]) -> None:
+def lock(uv: str, env: dict[str, str], stages: Sequence[str] = LOCKED) -> None:
     """Resolve the `.in` files again."""
-    for stage in LOCKED:
+    for stage in stages:
         target = HERE / f"{stage}.txt"
         command = [uv, "pip", "compile", "-q", "--upgrade", "--python-version", "3.11", "--no-header", "--no-annotate"]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--override", str(HERE / "overrides.txt")]
-        if stage not in UNCONSTRAINED:
+        if stage in SERVING:
             command += ["-c", str(HERE / "dev.txt")]
         run(f"resolving {stage}.in", [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
         pins = [line for line in target.read_text().splitlines() if not TORCH_BUILD_ONLY.match(line)]
@@ -142,8 +142,8 @@ def lock(uv: str, env: dict[str, str]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Build the environments in parallel and say what was done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=list(SERVING))
-    parser.add_argument("--lock", action="store_true")
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(LOCKED)}; default: {', '.join(SERVING)}, and all for --lock")
+    parser.add_argument("--lock", action="store_true", help="resolve again instead of building")
     arguments = parser.parse_args(argv)
     if sys.version_info[:2] != (3, 11):
         print(f"scangraph needs Python 3.11, this is {sys.version.split()[0]}: run `make PYTHON=/path/to/python3.11`")
@@ -152,10 +152,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         uv = find_uv(env)
         if arguments.lock:
-            lock(uv, env)
+            lock(uv, env, arguments.stages or LOCKED)
             return 0
         # The largest first, so that its downloads overlap everything else.
-        stages = sorted(arguments.stages, key=lambda s: s not in ("dev", "nnunet"))
+        stages = sorted(arguments.stages or SERVING, key=lambda s: s not in ("dev", "nnunet"))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = [pool.submit(build, stage, uv, env) for stage in stages]
             failures = []

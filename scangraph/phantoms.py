@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from scangraph.contracts import LabelMap, Volume
 
 Array = NDArray[np.float32]
 Point = NDArray[np.float64]
-Points = Sequence[Sequence[float]]
+#: Corner points of a tube's spline, each (x, y, z) in mm.
+Points = Sequence[ArrayLike]
 #: Signed distance (negative inside, mm) of the points with LPS coordinates x, y, z, which broadcast against each other.
 Distance = Callable[[Array, Array, Array], Array]
 
@@ -108,8 +109,8 @@ def make_phantom(
 
     sigma = drawn_noise if noise_hu is None else noise_hu
     volumes, truth = {}, {}
-    for phase, hu in zip(PHASES, canvas.hu, strict=True):
-        hu += _ct_noise(grid.shape, sigma, noise_rng)
+    for phase, clean in zip(PHASES, canvas.hu, strict=True):
+        hu = clean + _ct_noise(grid.shape, sigma, noise_rng)
         volumes[phase] = grid.volume(np.clip(np.rint(hu), -1024, 3071).astype(np.int16))
     for task, labels in canvas.labels.items():
         plain = grid.volume(labels)
@@ -132,7 +133,7 @@ def _draw_grid(rng: np.random.Generator) -> tuple[tuple[float, float, float], tu
 
 
 def _ct_noise(shape: tuple[int, ...], sigma: float, rng: np.random.Generator) -> Array:
-    """Gaussian noise of standard deviation `sigma` HU, correlated over neighbouring voxels in plane as reconstruction leaves it."""
+    """Gaussian noise of standard deviation `sigma` HU, correlated over neighbours in plane as reconstruction leaves it."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     for axis in (1, 2):
         noise = noise + np.float32(0.5) * (np.roll(noise, 1, axis) + np.roll(noise, -1, axis))
@@ -159,23 +160,24 @@ class _Solid:
 
 
 def _ellipsoid(
-    centre: Sequence[float], radii: Sequence[float], axes: NDArray[np.float64] | None = None, ripple: Distance | None = None
+    centre: ArrayLike, radii: ArrayLike, axes: NDArray[np.float64] | None = None, ripple: Distance | None = None
 ) -> _Solid:
     """Ellipsoid of three radii (mm) along the columns of `axes` (default: the patient's), its surface moved out by `ripple`."""
     rotation = np.eye(3) if axes is None else axes
-    c, r = np.asarray(centre, float), np.asarray(radii, float)
+    c, r = np.asarray(centre, np.float64), np.asarray(radii, np.float64)
     half = np.sqrt(((rotation * r) ** 2).sum(axis=1)) + (0.0 if ripple is None else 6.0)
 
     def distance(x: Array, y: Array, z: Array) -> Array:
         # First-order distance k0 (k0 - 1) / k1 with k0 = |p / r| and k1 = |p / r²|: exact on the surface and for spheres.
-        k0 = k1 = np.float32(1e-12)
+        k0: Array = np.full((1, 1, 1), 1e-12, np.float32)
+        k1 = k0
         for axis, radius in zip(rotation.T, r, strict=True):
             u = _dot(axis, (x - np.float32(c[0]), y - np.float32(c[1]), z - np.float32(c[2]))) / np.float32(radius)
             k0 = k0 + u**2
             k1 = k1 + (u / np.float32(radius)) ** 2
         k0 = np.sqrt(k0)
         d = k0 * (k0 - 1) / np.sqrt(k1)
-        return d if ripple is None else d - ripple(x, y, z)
+        return np.asarray(d if ripple is None else d - ripple(x, y, z))
 
     return _Solid(distance, c - half, c + half)
 
@@ -191,7 +193,7 @@ def _dot(weights: NDArray[np.float64], terms: Sequence[Array]) -> Array:
 
 def _tube(points: Points, radii: Sequence[float], step_mm: float = 5.0) -> list[_Solid]:
     """Tube along a Catmull-Rom spline through `points` (x, y, z in mm); the radii (mm) belong to the points."""
-    line, widths = _spline(np.asarray(points, float), np.asarray(radii, float), step_mm)
+    line, widths = _spline(np.array([np.asarray(p, np.float64) for p in points]), np.asarray(radii, np.float64), step_mm)
     return [_capsule(*ends, *ends_widths) for ends, ends_widths in zip(pairwise(line), pairwise(widths), strict=True)]
 
 
@@ -237,7 +239,7 @@ def _ripple(rng: np.random.Generator, height_mm: float, length_mm: float) -> Dis
     return height
 
 
-def _rotation(degrees: Sequence[float]) -> NDArray[np.float64]:
+def _rotation(degrees: ArrayLike) -> NDArray[np.float64]:
     """Matrix that turns by the given degrees about x, then y, then z."""
     (cx, cy, cz), (sx, sy, sz) = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -465,7 +467,7 @@ def _paint_chest_and_bowel(canvas: _Canvas, rng: np.random.Generator, cavity: Di
         canvas.paint([lumen], _Tissue((content, content, content)), within=cavity)
         if rng.random() < 0.55:  # patients lie on their back: gas rises to the front (-y)
             level = np.float32(centre[1] + rng.uniform(-0.6, 0.3) * size[1])
-            canvas.paint([lumen], _Tissue((-900, -900, -900)), within=lambda x, y, z, level=level: y - level)  # type: ignore[misc]
+            canvas.paint([lumen], _Tissue((-900, -900, -900)), within=lambda _x, y, _z, level=level: y - level)  # type: ignore[misc]
 
 
 def _paint_organs(canvas: _Canvas, rng: np.random.Generator, cavity: Distance) -> None:
@@ -614,15 +616,15 @@ def _paint_urinary_tract(canvas: _Canvas, rng: np.random.Generator, kidney: _Kid
 
     s, wander = kidney.side, rng.normal(0, 2, (3, 2))
     width = rng.uniform(2.4, 3.0)
-    course = [
+    course: Points = [
         exit_,
         (s * (37 + wander[0, 0]), 24 + wander[0, 1], -28),
         (s * (37 + wander[1, 0]), 10 + wander[1, 1], -62),
         (s * (31 + wander[2, 0]), -1 + wander[2, 1], -85),  # in front of the iliac vessels, which it crosses here
         (s * 21, 0, -102),
         (s * 20, 5, -116),
-        bladder + (s * 14, 21, -10),
-        bladder + (s * 8, 9, -13),
+        np.add(bladder, (s * 14, 21, -10)),
+        np.add(bladder, (s * 6, 3, -8)),
     ]
     canvas.paint(_tube(course, [3.2] + [width] * (len(course) - 1)), _Tissue((12, 18, urine * 0.9), {"ureters": URETER}))
 
@@ -686,13 +688,13 @@ def _renal_artery(rng: np.random.Generator, kidney: _Kidney, root: Point, cava_x
     if kidney.side < 0:
         course = [
             root,
-            root + (-aorta_mm - 2, 12, -2),
+            np.add(root, (-aorta_mm - 2, 12, -2)),
             (cava_x, root[1] + 17, root[2] - 4),
             (cava_x - 15, root[1] + 13, root[2] - 6),
             hilum,
         ]
     else:
-        course = [root, root + (aorta_mm + 6, 8, -2), hilum]
+        course = [root, np.add(root, (aorta_mm + 6, 8, -2)), hilum]
     solids = _tube(course, [thick] * (len(course) - 1) + [thick * 0.9])
     for posterior, superior in ((-0.22, 0.34), (0.2, 0.0), (-0.05, -0.36)):
         aim = kidney.at(-0.55, posterior + rng.normal(0, 0.03), superior + rng.normal(0, 0.03))

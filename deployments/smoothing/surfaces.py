@@ -1,0 +1,220 @@
+"""From a label map to smoothed, closed surfaces in millimetres.
+
+The recipe, measured against its alternatives on analytic shapes: marching cubes of all labels in one pass (zmesh), windowed-sinc
+smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is averaged
+over the neighbourhood and given back, so that thin vessels keep their volume at any radius without the voxels' staircase.
+Everything happens in index × spacing millimetres; direction and origin are applied last, so that an oblique grid costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import zmesh
+from numpy.typing import NDArray
+from vtkmodules.util.numpy_support import numpy_to_vtk, numpy_to_vtkIdTypeArray, vtk_to_numpy
+from vtkmodules.vtkCommonCore import vtkPoints
+from vtkmodules.vtkCommonDataModel import vtkCellArray, vtkPolyData
+from vtkmodules.vtkFiltersCore import vtkWindowedSincPolyDataFilter
+
+from scangraph.contracts import Frame, LabelMap, Scene, Surface, label_table
+
+#: Windowed-sinc passes and pass band at full strength.
+_ITERATIONS, _PASS_BAND = 30, 0.01
+#: Averagings of the loss before it is given back: wide enough to leave the staircase out, local enough to know the radius.
+_AVERAGINGS = 30
+#: Difference of surface and voxel volume (parts of one) from which a structure carries a warning.
+_VOLUME_TOLERANCE = 0.05
+_NOTES = ("Research use only. Not a medical device.",)
+
+OnProgress = Callable[[int, int, str], None]
+Vertices = NDArray[np.float64]
+Faces = NDArray[np.int64]
+
+
+def label_map_to_scene(
+    mask: LabelMap,
+    *,
+    structures: Sequence[int] | None = None,
+    smoothing: float = 1.0,
+    frame: Frame = "LPS",
+    on_progress: OnProgress | None = None,
+) -> tuple[Scene, list[str]]:
+    """Make a surface of every structure.
+
+    Parameters
+    ----------
+    mask : LabelMap
+        Any orientation and spacing.
+    structures : sequence of int, optional
+        Label numbers to take; by default all that occur.
+    smoothing : float
+        From 0 (marching cubes as it is) to 1.
+    frame : "LPS" or "RAS"
+        World frame of the vertices.
+    on_progress : callable, optional
+        Called as `on_progress(done, total, name)`; may raise to stop.
+
+    Returns
+    -------
+    (Scene, list of str)
+        Closed, outward-oriented surfaces, no piece left out; and warnings.
+    """
+    table, counts = label_table(), mask.counts()
+    wanted = list(counts) if structures is None else sorted(set(structures))
+    warnings = [f"{_name(number)} was asked for but does not occur in the mask." for number in wanted if number not in counts]
+    wanted = [number for number in wanted if number in counts]
+    if not wanted:
+        return Scene((), frame, _NOTES), warnings or ["The mask is empty, and so is the scene."]
+
+    cropped, offset = _crop(mask.array, wanted)
+    mesher = zmesh.Mesher(tuple(mask.spacing_mm))
+    mesher.mesh(cropped, close=True)
+    at_edge = _labels_at_edge(mask.array)
+    surfaces = []
+    for done, number in enumerate(wanted):
+        name = _name(number)
+        if on_progress:
+            on_progress(done, len(wanted), name)
+        mesh = mesher.get(number, normals=False, reduction_factor=0)
+        mesher.erase(number)
+        # Closed meshes are made on a grid padded by one voxel, and count from its first voxel's centre.
+        vertices = np.asarray(mesh.vertices, np.float64) + (offset - 1) * np.asarray(mask.spacing_mm)
+        faces = np.asarray(mesh.faces, np.int64)
+        if smoothing > 0:
+            vertices = smooth_surface(vertices, faces, smoothing)
+        surface = _in_world(mask, number, vertices, faces)
+        warnings += _look_at(surface, counts[number] * mask.voxel_volume_mm3 / 1000, touches_edge=number in at_edge)
+        surfaces.append(surface)
+    if on_progress:
+        on_progress(len(wanted), len(wanted), "")
+    scene = Scene(tuple(surfaces), "LPS", (*_NOTES, *(f"{s.name}: label {s.label} ({table[s.label].snomed_code})" for s in surfaces)))
+    return scene.in_frame(frame), warnings
+
+
+def smooth_surface(vertices: Vertices, faces: Faces, strength: float = 1.0) -> Vertices:
+    """Smooth a closed surface and give back, locally, the volume that smoothing took.
+
+    Parameters
+    ----------
+    vertices : ndarray, shape (V, 3)
+        Millimetres, any frame.
+    faces : ndarray, shape (F, 3)
+        Triangles, consistently oriented.
+    strength : float
+        Above 0 up to 1; moves the filter's pass band from everything to 1 %.
+
+    Returns
+    -------
+    ndarray, shape (V, 3)
+        New positions; the faces stay.
+    """
+    smoothed = _windowed_sinc(vertices, faces, _PASS_BAND**strength)
+    averaging = _neighbour_average(len(vertices), faces)
+    normals = vertex_normals(smoothed, faces)
+    loss = np.einsum("ij,ij->i", vertices - smoothed, normals)
+    for _ in range(_AVERAGINGS):
+        loss = averaging @ loss
+    return smoothed + loss[:, None] * normals
+
+
+def vertex_normals(vertices: Vertices, faces: Faces) -> Vertices:
+    """Area-weighted unit normals of the vertices, shape (V, 3); zero where a vertex has no area."""
+    a, b, c = (vertices[faces[:, k]] for k in range(3))
+    doubled_areas = np.cross(b - a, c - a)
+    rows = faces.ravel()
+    incidence = scipy.sparse.csr_matrix(
+        (np.ones(rows.size), (rows, np.repeat(np.arange(len(faces)), 3))), shape=(len(vertices), len(faces))
+    )
+    normals = incidence @ doubled_areas
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.asarray(normals / np.where(lengths > 0, lengths, 1))
+
+
+def open_edges(faces: NDArray[Any]) -> int:
+    """Count the edges that do not join exactly two triangles in opposite directions; 0 for a watertight, oriented surface."""
+    if not len(faces):
+        return 0
+    directed = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).astype(np.int64)
+    size = int(faces.max()) + 1
+    forward, backward = (np.sort(directed[:, i] * size + directed[:, 1 - i]) for i in (0, 1))
+    doubled = int(np.count_nonzero(forward[1:] == forward[:-1]))
+    return doubled + int(np.count_nonzero(~np.isin(forward, backward, assume_unique=doubled == 0)))
+
+
+def _windowed_sinc(vertices: Vertices, faces: Faces, pass_band: float) -> Vertices:
+    points = vtkPoints()
+    points.SetData(numpy_to_vtk(np.ascontiguousarray(vertices), deep=True))
+    cells = vtkCellArray()
+    cells.SetData(3, numpy_to_vtkIdTypeArray(np.ascontiguousarray(faces, np.int64).ravel(), deep=True))
+    data = vtkPolyData()
+    data.SetPoints(points)
+    data.SetPolys(cells)
+    sinc = vtkWindowedSincPolyDataFilter()
+    sinc.SetInputData(data)
+    sinc.SetNumberOfIterations(_ITERATIONS)
+    sinc.SetPassBand(pass_band)
+    sinc.NormalizeCoordinatesOn()
+    sinc.NonManifoldSmoothingOn()
+    sinc.BoundarySmoothingOff()
+    sinc.FeatureEdgeSmoothingOff()
+    sinc.Update()
+    return np.asarray(vtk_to_numpy(sinc.GetOutput().GetPoints().GetData()), np.float64).copy()
+
+
+def _neighbour_average(count: int, faces: Faces) -> Any:
+    """Sparse matrix that replaces each vertex's value by the mean of its own and its neighbours'."""
+    start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
+    every = np.arange(count)
+    rows, columns = np.concatenate([start, end, every]), np.concatenate([end, start, every])
+    adjacency = scipy.sparse.csr_matrix((np.ones(rows.size), (rows, columns)), shape=(count, count))
+    adjacency.data[:] = 1.0  # an edge has two triangles and would count twice
+    return scipy.sparse.diags(1 / np.asarray(adjacency.sum(axis=1)).ravel()) @ adjacency
+
+
+def _crop(array: NDArray[Any], wanted: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Cut the box of the wanted labels out, other labels set to 0; return it with its first index."""
+    keep = np.zeros(int(np.iinfo(array.dtype).max) + 1 if array.dtype.itemsize <= 2 else int(array.max()) + 1, array.dtype)
+    keep[list(wanted)] = list(wanted)
+    chosen = keep[array]
+    box = []
+    for axis in range(3):
+        occupied = np.flatnonzero(chosen.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
+    return np.ascontiguousarray(chosen[tuple(box)]), np.array([b.start for b in box])
+
+
+def _in_world(mask: LabelMap, number: int, vertices_zyx: Vertices, faces: Faces) -> Surface:
+    """Apply direction and origin, and turn the faces outward where that mirrors them."""
+    world = vertices_zyx[:, ::-1] @ np.asarray(mask.direction).T + np.asarray(mask.origin_mm)
+    # Reversing the axes mirrors once; a left-handed direction mirrors again.
+    if np.linalg.det(np.asarray(mask.direction)) > 0:
+        faces = faces[:, ::-1]
+    label = label_table().get(number)
+    color = label.color if label else (160, 160, 160)
+    return Surface(_name(number), number, color, world.astype(np.float32), faces.astype(np.int32))
+
+
+def _look_at(surface: Surface, voxel_ml: float, *, touches_edge: bool) -> list[str]:
+    found = []
+    if touches_edge:
+        found.append(f"{surface.name} touches the edge of the scan: it is cut there, and closed flat.")
+    if broken := open_edges(surface.faces):
+        found.append(f"{surface.name} is not a watertight manifold: {broken} edges where pieces touch.")
+    difference = surface.volume_ml / voxel_ml - 1
+    if abs(difference) > _VOLUME_TOLERANCE:
+        found.append(f"{surface.name}: the surface has {surface.volume_ml:.2f} mL, the mask {voxel_ml:.2f} mL ({difference:+.0%}).")
+    return found
+
+
+def _labels_at_edge(array: NDArray[Any]) -> set[int]:
+    planes = [np.unique(array.take(index, axis=axis)) for axis in range(3) for index in (0, -1)]
+    return set(np.concatenate(planes).tolist()) - {0}
+
+
+def _name(number: int) -> str:
+    label = label_table().get(number)
+    return label.name if label else f"label_{number}"

@@ -26,9 +26,8 @@ HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
 SERVING = ("base", "nnunet", "smoothing")
-#: `dev` holds all stages and their tests; `numpy1` is an interpreter with an old numpy, for the pickling test.
-TESTING = ("dev", "numpy1")
-#: `dev` first: it constrains the serving stages' locks, so that one environment can hold all stages for tests and notebooks.
+#: `dev` goes first and constrains the serving stages' locks, so that one environment can hold all of them for tests and
+#: notebooks; `numpy1`, an old interpreter for the pickling test, stands by itself.
 LOCKED = ("dev", *SERVING, "numpy1")
 #: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
 TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)

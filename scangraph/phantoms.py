@@ -654,7 +654,7 @@ def _paint_vessels(canvas: _Canvas, rng: np.random.Generator, kidneys: Sequence[
         hilum, inner = kidney.at(-1.05, -0.2, 0.0), kidney.at(-0.6, -0.12, 0.0)
         thick = rng.uniform(3.8, 4.6)
         if kidney.side < 0:
-            trunk = [(vx, vy, level), (vx - 12, vy - 1, level), hilum, inner]
+            trunk: Points = [(vx, vy, level), (vx - 12, vy - 1, level), hilum, inner]
         else:  # in front of the aorta, behind the superior mesenteric artery
             trunk = [(vx, vy - 4, level), (ax - 6, ay - aorta_mm - 5, level), (ax + 10, ay - aorta_mm - 2, level), hilum, inner]
         veins += _tube(trunk, [thick] * (len(trunk) - 1) + [thick * 0.8])
@@ -686,7 +686,7 @@ def _renal_artery(rng: np.random.Generator, kidney: _Kidney, root: Point, cava_x
     hilum = kidney.at(-1.05, 0.12, 0.08)
     thick = rng.uniform(2.8, 3.4)
     if kidney.side < 0:
-        course = [
+        course: Points = [
             root,
             np.add(root, (-aorta_mm - 2, 12, -2)),
             (cava_x, root[1] + 17, root[2] - 4),

@@ -1,5 +1,6 @@
 """Phantoms on disk, as nnU-Net wants its raw data. The files of a phantom are shared by all tasks."""
 
+# mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
 import json
@@ -9,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import SimpleITK as sitk
+import SimpleITK as sitk  # noqa: N813 the name its documentation uses
 
 from models.training.tasks import Task
 from scangraph import phantoms

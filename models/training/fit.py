@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     extract_fingerprint_dataset,
@@ -49,16 +50,23 @@ def _in_bfloat16(forward: Callable[[torch.Tensor], Any]) -> Callable[[torch.Tens
 
 def prepare(task: Task, processes: int) -> dict[str, Any]:
     """Fingerprint, plan and preprocess the raw dataset of a task; returns its plans with the small configuration only."""
-    # The planner hands this to torch.set_num_threads, which refuses the 0 that training wants.
-    os.environ["nnUNet_n_proc_DA"] = "1"
+    _augmentation_processes(1)  # the planner hands this to torch.set_num_threads, which refuses the 0 that training wants
     extract_fingerprint_dataset(task.number, num_processes=processes, show_progress_bar=False, verbose=False)
     plans, _ = plan_experiment_dataset(task.number, overwrite_target_spacing=task.spacing_mm)
     plans["configurations"] = {CONFIGURATION: _small(plans["configurations"]["3d_fullres"], task)}
-    folder = Path(os.environ["nnUNet_preprocessed"]) / task.dataset
+    folder = _preprocessed(task)
     (folder / f"{PLANS}.json").write_text(json.dumps(plans, indent=1, default=_plain))
     preprocess_dataset(task.number, PLANS, (CONFIGURATION,), (processes,), show_progress_bar=False)
     loaded: dict[str, Any] = json.loads((folder / f"{PLANS}.json").read_text())
     return loaded
+
+
+def _augmentation_processes(count: int) -> None:
+    os.environ["nnUNet_n_proc_DA"] = str(count)  # noqa: SIM112 nnU-Net's spelling
+
+
+def _preprocessed(task: Task) -> Path:
+    return Path(os.environ["nnUNet_preprocessed"]) / task.dataset  # noqa: SIM112 nnU-Net's spelling
 
 
 def _small(planned: dict[str, Any], task: Task) -> dict[str, Any]:
@@ -92,13 +100,10 @@ def _plain(value: Any) -> Any:
 
 def train(task: Task, plans: dict[str, Any], device: str, iterations: int) -> DemoTrainer:
     """Train fold 0 and return the trainer with its final weights."""
-    os.environ["nnUNet_n_proc_DA"] = "0"  # augment in this process: the other core trains another task
-    folder = Path(os.environ["nnUNet_preprocessed"]) / task.dataset
-    dataset = json.loads((folder / "dataset.json").read_text())
+    _augmentation_processes(0)  # augment in this process: the other core trains another task
+    dataset = json.loads((_preprocessed(task) / "dataset.json").read_text())
     torch.manual_seed(task.number)
     # nnU-Net's augmentation draws from numpy's global state.
-    import numpy as np
-
     np.random.seed(task.number)  # noqa: NPY002
     trainer = DemoTrainer({**plans, "continue_training": False}, CONFIGURATION, 0, dataset, torch.device(device))
     trainer.num_iterations_per_epoch = min(STEPS_PER_EPOCH, iterations)
@@ -124,5 +129,4 @@ def progress_table(trainer: DemoTrainer) -> str:
 
 def network_of(trainer: DemoTrainer) -> nn.Module:
     """Return the bare network, without what `torch.compile` puts around it on a GPU."""
-    network: nn.Module = getattr(trainer.network, "_orig_mod", trainer.network)
-    return network
+    return cast("nn.Module", getattr(trainer.network, "_orig_mod", trainer.network))

@@ -45,26 +45,26 @@ def train_all(names: list[str], seeds: list[int], options: argparse.Namespace) -
 
     start = time.monotonic()
     write_phantoms(options.work / "phantoms", seeds, options.jobs)
-    print(f"{len(seeds)} phantoms after {(time.monotonic() - start) / 60:.1f} min", flush=True)  # noqa: T201
+    print(f"{len(seeds)} phantoms after {(time.monotonic() - start) / 60:.1f} min", flush=True)
     threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
     environment = {
         **os.environ,
-        **{f"nnUNet_{name}": str(options.work / name) for name in ("raw", "preprocessed", "results")},
+        **{f"nnUNet_{name}": str(options.work.resolve() / name) for name in ("raw", "preprocessed", "results")},
         "OMP_NUM_THREADS": threads,
         # Keep freed tensors instead of returning them to the system: a third of a CPU step is page faults otherwise.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": "100000000000",
     }
-    forwarded = ["--cases", str(options.cases), "--device", options.device, "--work", str(options.work)]
+    forwarded = ["--cases", str(options.cases), "--device", options.device, "--work", str(options.work.resolve())]
     if options.epochs:
         forwarded += ["--epochs", str(options.epochs)]
 
     def run(name: str) -> int:
         command = [sys.executable, "-m", "models.training.train", "--task", name, *forwarded]
         with (options.work / f"{name}.log").open("w") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            code = subprocess.run(command, env=environment, cwd=MODELS.parent, stdout=log, stderr=subprocess.STDOUT).returncode
         outcome = "trained" if code == 0 else f"FAILED, see {log.name},"
-        print(f"{name} {outcome} after {(time.monotonic() - start) / 60:.1f} min", flush=True)  # noqa: T201
+        print(f"{name} {outcome} after {(time.monotonic() - start) / 60:.1f} min", flush=True)
         return code
 
     with ThreadPoolExecutor(options.jobs) as pool:

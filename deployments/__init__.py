@@ -1,0 +1,1 @@
+"""The stages: one folder a deployment."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,8 +40,8 @@ app = typer.Typer(
 models_app = typer.Typer(help="List, check and install models.", no_args_is_help=False, invoke_without_command=True)
 app.add_typer(models_app, name="models")
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="files, in the order of the ports, or PORT=FILE")]
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="folder for the results")]
@@ -457,9 +456,9 @@ def _wrapped(folder: Path, manifest: ModelManifest) -> Iterator[Path]:
         for fold in manifest.networks[0].folds:
             (target / f"fold_{fold}").mkdir()
             wanted = ("checkpoint_final.pth", "weights.safetensors", "checkpoint.json")
-            for file in (folder / f"fold_{fold}" / f for f in wanted):
-                if file.exists():
-                    shutil.copy(file, target / f"fold_{fold}" / file.name)
+            for path in (folder / f"fold_{fold}" / f for f in wanted):
+                if path.exists():
+                    shutil.copy(path, target / f"fold_{fold}" / path.name)
         yield Path(name)
 
 
@@ -509,4 +508,4 @@ def phantom(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
+from ray.serve.config import HTTPOptions, ProxyLocation
 
-from scangraph.handles import APPLICATION, SERVICE_FILE, TOKEN_FILE
+from scangraph.handles import APPLICATION, SERVICE_FILE, TOKEN_FILE, use_token
 from scangraph.settings import Settings
 
 
@@ -68,17 +68,16 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
     settings.storage_root.mkdir(parents=True, exist_ok=True)
     run_folder = settings.data / "run"
     run_folder.mkdir(parents=True, exist_ok=True)
-    _write_private(settings.data / TOKEN_FILE, secrets.token_hex(32))
-    # Ray switches its token on by itself, but takes one that every user of the machine may read.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.data / TOKEN_FILE)
+    if not (settings.data / TOKEN_FILE).exists():
+        _write_private(settings.data / TOKEN_FILE, secrets.token_hex(32))
+    use_token(settings.data)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Unix sockets have short names, so Ray's own files cannot live in a deep data folder.
     temporary = Path(tempfile.mkdtemp(prefix="scangraph-"))
     service_file = settings.data / SERVICE_FILE
     port = settings.port or free_port(settings.host)
-    logging.getLogger("ray").setLevel(settings.log_level)
-    logging.getLogger("ray.serve").setLevel("WARNING")
+    for name in ("ray", "ray.serve"):  # what Ray says about itself; failures arrive as errors
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own, about its own future
@@ -90,12 +89,12 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _temp_dir=str(temporary),
                 _node_ip_address="127.0.0.1",
             )
             settings = with_gpu_share(settings.model_copy(update={"port": port}))
-            options = HTTPOptions(host=settings.host, port=port) if http else HTTPOptions(location="NoServer")
+            options = HTTPOptions(host=settings.host, port=port) if http else HTTPOptions(location=ProxyLocation.Disabled)
             serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
             serve.run(build_app(settings), name=APPLICATION, route_prefix="/")
         address = ray.get_runtime_context().gcs_address

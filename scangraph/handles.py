@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import secrets
 import threading
@@ -23,6 +24,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import pydantic
 import ray
 from ray import serve
+from ray._raylet import AuthenticationTokenLoader
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -132,7 +134,7 @@ async def _run_once(
     summary: StepSummary | None = None
     outputs: list[ray.ObjectRef[Any]] = []
     try:
-        async for ref in await response._to_object_ref_gen():  # noqa: SLF001 - Serve's documented way to keep results remote
+        async for ref in await response._to_object_ref_gen():
             if summary is not None:
                 outputs.append(ref)
                 continue
@@ -340,11 +342,11 @@ class Connection:
 
     def vessel(
         self, image_A: Image, image_P: Image, *, on_progress: OnProgress | None = None, **parameters: Any
-    ) -> Call[LabelMap]:  # noqa: N803 - ports' names
+    ) -> Call[LabelMap]:
         """Segment arteries and veins from the arterial and the portal phase (`inference/vessel`), on the arterial grid."""
         return self.run("inference/vessel", {"image_A": image_A, "image_P": image_P}, on_progress=on_progress, **parameters)
 
-    def ureter(self, image_D: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:  # noqa: N803
+    def ureter(self, image_D: Image, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
         """Segment the ureters from the delayed phase (`inference/ureter`)."""
         return self.run("inference/ureter", {"image_D": image_D}, on_progress=on_progress, **parameters)
 
@@ -416,15 +418,24 @@ def connect(data: str | Path | None = None, *, address: str | None = None) -> Co
             address = str(json.loads((folder / SERVICE_FILE).read_text())["ray_address"])
         except (OSError, ValueError, KeyError):
             raise NotRunning(where=where) from None
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / TOKEN_FILE)
+        use_token(folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Ray's own, about its own future
-            ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise NotRunning(where=where) from error
     return _connected(where, owns_ray=True)
+
+
+def use_token(data: Path) -> None:
+    """Let Ray take its token from a data folder.
+
+    Ray would make one that every user of the machine may read. The mode is left to Ray, which switches the token on where
+    there is one: it reads the mode when it is imported, and a mode that is set later confuses it.
+    """
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(data / TOKEN_FILE)
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _connected(where: str, *, owns_ray: bool) -> Connection:

@@ -28,7 +28,13 @@ def write_obj(scene: Scene, mtl_name: str = "scene.mtl") -> tuple[bytes, bytes]:
     (bytes, bytes)
         OBJ and MTL text; coordinates to 0.1 µm.
     """
-    head = ["# scangraph scene", "# unit: mm", f"# SPACE={scene.frame}", *(f"# {note}" for note in scene.notes), f"mtllib {mtl_name}"]
+    head = [
+        "# scangraph scene",
+        "# unit: mm",
+        f"# SPACE={scene.frame}",
+        *(f"# {note}" for note in scene.notes),
+        f"mtllib {mtl_name}",
+    ]
     parts = ["\n".join(head)]
     materials = ["# scangraph materials"]
     first = 1  # OBJ counts vertices from 1 through the whole file

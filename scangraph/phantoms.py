@@ -40,8 +40,8 @@ TASK_LABELS: dict[str, tuple[int, ...]] = {
     "tumor": (KIDNEY, TUMOR, CYST),
 }
 
-#: The shipped synthetic patient: never trained on, and has both a tumor and a cyst.
-DEMO_SEED = 9042
+#: The shipped synthetic patient: never trained on; chosen for a tumor and a cyst that are large enough to see, one a kidney.
+DEMO_SEED = 9022
 
 #: Far outside everything, where no solid has been evaluated.
 _FAR = np.float32(1e3)

@@ -27,7 +27,7 @@ log = logging.getLogger("scangraph")
 Report = Callable[[int, int, str], None]
 
 
-class StepCancelled(Exception):  # noqa: N818 - not an error: the caller left
+class StepCancelled(Exception):
     """The caller has left; stop working."""
 
 

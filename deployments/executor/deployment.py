@@ -10,11 +10,10 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from scangraph.contracts import Component, Port, Progress
 from scangraph.contracts.errors import InvalidParameters, ScanGraphError, StageFailed, UnknownComponent
@@ -50,7 +49,6 @@ class Answer:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-@serve.deployment(name="executor")
 class Executor:
     """Runs components.
 
@@ -190,7 +188,7 @@ class Executor:
             raise InvalidParameters(component="", detail=f"{path}: a {kind} cannot be read from a file")
         scheme = label_scheme if kind == "mask" else None
         response = self._stages["imageio"].options(method_name="read").remote(path, kind == "mask", scheme)
-        ref = await response._to_object_ref()  # noqa: SLF001 - Serve's documented way to pass a result on unseen
+        ref = await cast("DeploymentResponse[Any]", response)._to_object_ref()
         await ref
         return ref
 

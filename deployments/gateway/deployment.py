@@ -10,7 +10,7 @@ from typing import Any, cast
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.gateway.app import Backend, build_app
 from scangraph.contracts import Component
@@ -20,18 +20,13 @@ from scangraph.models import installed_models
 
 
 def build_gateway(components: tuple[Component, ...], max_body_bytes: int) -> Any:
-    """Return the deployment class of the gateway for these components."""
+    """Return the gateway's class for these components: the backend with the HTTP application in front."""
 
     def build() -> FastAPI:
         # Called in the replica: state put on an app that is built here would not reach it.
         return build_app(components, _this_replica, max_body_bytes)
 
-    @serve.deployment(name="gateway")
-    @serve.ingress(build)
-    class Gateway(GatewayBackend):
-        pass
-
-    return Gateway
+    return serve.ingress(build)(GatewayBackend)
 
 
 class GatewayBackend:
@@ -65,7 +60,8 @@ class GatewayBackend:
         """Run a component to its end."""
         answer: Any = None
         try:
-            async for item in self._execute.remote(execution_id, component.id, dict(paths), dict(parameters), scheme):
+            response = self._execute.remote(execution_id, component.id, dict(paths), dict(parameters), scheme)
+            async for item in cast("DeploymentResponseGenerator[Any]", response):
                 answer = item
         except RayError as error:
             cause = own_error(error)

@@ -18,7 +18,8 @@ from scangraph.handles import new_execution_id, own_error
 
 log = logging.getLogger("scangraph")
 
-TYPE_PREFIX = "https://scangraph.dev/problems/"
+#: No host stands behind these names, so they are URNs.
+TYPE_PREFIX = "urn:scangraph:problem:"
 RETRY_AFTER_SECONDS = 5
 _STATUS_CODES = {
     404: "not-found",
@@ -111,7 +112,8 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._limit = app, max_body_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    # ASGI's own signature.
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

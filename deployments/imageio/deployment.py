@@ -1,4 +1,4 @@
-"""Image files in and out, on Ray Serve."""
+"""Image files in and out,."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from ray import serve
-
 from deployments.imageio.nifti import Limits, read_nifti, write_nifti
 from scangraph.contracts import Volume
 from scangraph.settings import ImageioSettings
@@ -18,7 +16,6 @@ from scangraph.storage import LocalStorage
 T = TypeVar("T")
 
 
-@serve.deployment(name="imageio")
 class Imageio:
     """The only reader and writer of image files; the gate that hostile files meet."""
 

@@ -153,8 +153,8 @@ def read_nifti(
     Returns
     -------
     Volume or LabelMap
-        LPS. Intensities are int16 where all are whole, else float32; labels uint8, or uint16 where they need it. The array may be
-        a read-only view of the inflated file.
+        LPS. Intensities are int16 where all are whole, else float32; labels uint8, or uint16 where they need it. The array may
+        be a read-only view of the inflated file.
 
     Raises
     ------
@@ -239,7 +239,9 @@ def _open(data: memoryview, name: str, limits: Limits) -> tuple[_Header, bytes |
     try:
         content = stream.decompress(data, header.end + 1)
     except isal_zlib.error:
-        raise IntegrityError(name=name, reason="its compressed data or checksum is wrong; it was damaged, send it again") from None
+        raise IntegrityError(
+            name=name, reason="its compressed data or checksum is wrong; it was damaged, send it again"
+        ) from None
     if len(content) > header.end:
         raise InflatedTooLarge(name=name, reason=f"it inflates past the {header.end} bytes its header declares")
     if not stream.eof:
@@ -254,12 +256,16 @@ def _inflate_head(data: memoryview, name: str) -> bytes:
     try:
         return bytes(isal_zlib.decompressobj(_GZIP_WBITS).decompress(bytes(data[: 64 * 1024]), 540))
     except isal_zlib.error:
-        raise IntegrityError(name=name, reason="its compressed data is wrong from the start; it was damaged, send it again") from None
+        raise IntegrityError(
+            name=name, reason="its compressed data is wrong from the start; it was damaged, send it again"
+        ) from None
 
 
 def _check_length(found: int, declared: int, name: str) -> None:
     if found < declared:
-        raise Truncated(name=name, reason=f"it has {found} of the {declared} bytes its header declares; it was cut, send it again")
+        raise Truncated(
+            name=name, reason=f"it has {found} of the {declared} bytes its header declares; it was cut, send it again"
+        )
     if found > declared:
         raise InflatedTooLarge(name=name, reason=f"it has {found - declared} bytes more than its header declares")
 
@@ -474,7 +480,10 @@ def _make_header(volume: Volume, array: NDArray[Any]) -> bytes:
     quaternion, qfac = _quaternion(ras[:3, :3] / np.asarray(volume.spacing_mm[::-1]))
     fields["pixdim"] = [qfac, *volume.spacing_mm[::-1], 0, 0, 0, 0]
     fields["quatern"], fields["qoffset"], fields["qform_code"] = quaternion, ras[:3, 3], 1
-    if np.abs(_LPS_TO_RAS @ _qform(fields, np.asarray(volume.spacing_mm[::-1]), 1.0, "") - ras).max() * max(x, y, z) > _AGREEMENT_MM / 2:
+    if (
+        np.abs(_LPS_TO_RAS @ _qform(fields, np.asarray(volume.spacing_mm[::-1]), 1.0, "") - ras).max() * max(x, y, z)
+        > _AGREEMENT_MM / 2
+    ):
         fields["qform_code"] = 0  # axes that are not quite orthogonal are more than a quaternion can say
     return fields.tobytes() + bytes(4)
 

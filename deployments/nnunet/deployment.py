@@ -1,4 +1,4 @@
-"""The segmentation stage on Ray Serve."""
+"""The segmentation stage."""
 
 from __future__ import annotations
 
@@ -8,14 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ray import serve
-
 from deployments.nnunet.components import COMPONENTS, SegmentParameters
 from scangraph.settings import NnunetSettings
 from scangraph.stage import Report, Stage, StepOutput
 
 
-@serve.deployment(name="nnunet")
 class Nnunet(Stage):
     """One deployment for all nnU-Net models."""
 

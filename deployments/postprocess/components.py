@@ -8,7 +8,7 @@ MERGE = Component(
     id="postprocess/merge",
     version="1.0.0",
     title="Merge masks",
-    description="Paints masks over each other; where several name a voxel, the later one wins. The result has the first one's grid.",
+    description="Paints masks over each other on the first one's grid; where several name a voxel, the later one wins.",
     deployment="postprocess",
     inputs=(Port(name="masks", kind="mask", many=True, description="masks of one patient, the most important last"),),
     outputs=(Port(name="mask", kind="mask", description="all of them in one"),),

@@ -1,18 +1,15 @@
-"""The mask stage on Ray Serve."""
+"""The mask stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ray import serve
-
 from deployments.postprocess.components import MERGE
 from scangraph.contracts import NoParameters, merge_label_maps
 from scangraph.stage import Report, Stage, StepOutput
 
 
-@serve.deployment(name="postprocess")
 class Postprocess(Stage):
     """Masks to masks."""
 

@@ -1,17 +1,14 @@
-"""The surface stage on Ray Serve."""
+"""The surface stage."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ray import serve
-
 from deployments.smoothing.components import BASE, PREVIEW, PreviewParameters, SmoothParameters
 from scangraph.stage import Report, Stage, StepOutput
 
 
-@serve.deployment(name="smoothing")
 class Smoothing(Stage):
     """Masks to surfaces, and pictures of them."""
 

@@ -124,10 +124,18 @@ def _draw_slices(figure: Figure, image: Volume, mask: LabelMap) -> None:
         axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_color("#2a3138")
-        axes.imshow(image.array[cut], cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1], aspect=aspect, interpolation="bilinear")
+        axes.imshow(
+            image.array[cut], cmap="gray", vmin=_WINDOW_HU[0], vmax=_WINDOW_HU[1], aspect=aspect, interpolation="bilinear"
+        )
         axes.imshow(_overlay(mask.array[cut]), aspect=aspect, interpolation="nearest")
         axes.set_anchor("C")
-        letters = {"fontsize": 9, "color": "#c8d0d6", "transform": axes.transAxes, "ha": "center", "va": "center"}
+        letters: dict[str, Any] = {
+            "fontsize": 9,
+            "color": "#c8d0d6",
+            "transform": axes.transAxes,
+            "ha": "center",
+            "va": "center",
+        }
         for letter, position in ((top, (0.5, 0.95)), (bottom, (0.5, 0.05)), (left, (0.035, 0.5)), (right, (0.965, 0.5))):
             axes.text(*position, letter, **letters)
         axes.text(0.03, 0.94, name, fontsize=9, color=_MUTED, transform=axes.transAxes, va="center")
@@ -145,13 +153,15 @@ def _overlay(labels: NDArray[Any]) -> NDArray[np.float32]:
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     painted[edge & (labels > 0), 3] = 0.95
-    return painted
+    return np.asarray(painted, np.float32)
 
 
 def _position(mask: LabelMap) -> tuple[int, int, int]:
     """Index (z, y, x) through the middle of what is most interesting: on each axis the plane where most of it lies."""
     counts = mask.counts()
-    wanted = next((numbers for names in _INTERESTING if (numbers := {label_number(n) for n in names} & counts.keys())), set(counts))
+    wanted = next(
+        (numbers for names in _INTERESTING if (numbers := {label_number(n) for n in names} & counts.keys())), set(counts)
+    )
     if not wanted:
         z, y, x = (n // 2 for n in mask.shape)
         return z, y, x
@@ -173,4 +183,6 @@ def _draw_legend(figure: Figure, mask: LabelMap) -> None:
         axes.text(0.12, height, label.title if label else str(number), color=_TEXT, fontsize=11, va="center")
         axes.text(0.98, height, f"{volumes[number]:.1f} mL", color=_MUTED, fontsize=10, va="center", ha="right")
     if len(volumes) > len(shown):
-        axes.text(0.12, 0.97 - len(shown) * 0.038, f"and {len(volumes) - len(shown)} more", color=_MUTED, fontsize=10, va="center")
+        axes.text(
+            0.12, 0.97 - len(shown) * 0.038, f"and {len(volumes) - len(shown)} more", color=_MUTED, fontsize=10, va="center"
+        )

@@ -1,7 +1,7 @@
 """From a label map to smoothed, closed surfaces in millimetres.
 
-The recipe, measured against its alternatives on analytic shapes: marching cubes of all labels in one pass (zmesh), windowed-sinc
-smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is averaged
+The recipe, measured against its alternatives on analytic shapes: marching cubes of all labels in one pass (zmesh), windowed-
+sinc smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is averaged
 over the neighbourhood and given back, so that thin vessels keep their volume at any radius without the voxels' staircase.
 Everything happens in index × spacing millimetres; direction and origin are applied last, so that an oblique grid costs nothing.
 """
@@ -91,7 +91,9 @@ def label_map_to_scene(
         surfaces.append(surface)
     if on_progress:
         on_progress(len(wanted), len(wanted), "")
-    scene = Scene(tuple(surfaces), "LPS", (*_NOTES, *(f"{s.name}: label {s.label} ({table[s.label].snomed_code})" for s in surfaces)))
+    scene = Scene(
+        tuple(surfaces), "LPS", (*_NOTES, *(f"{s.name}: label {s.label} ({table[s.label].snomed_code})" for s in surfaces))
+    )
     return scene.in_frame(frame), warnings
 
 
@@ -206,7 +208,9 @@ def _look_at(surface: Surface, voxel_ml: float, *, touches_edge: bool) -> list[s
         found.append(f"{surface.name} is not a watertight manifold: {broken} edges where pieces touch.")
     difference = surface.volume_ml / voxel_ml - 1
     if abs(difference) > _VOLUME_TOLERANCE:
-        found.append(f"{surface.name}: the surface has {surface.volume_ml:.2f} mL, the mask {voxel_ml:.2f} mL ({difference:+.0%}).")
+        found.append(
+            f"{surface.name}: the surface has {surface.volume_ml:.2f} mL, the mask {voxel_ml:.2f} mL ({difference:+.0%})."
+        )
     return found
 
 

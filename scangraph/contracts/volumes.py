@@ -338,7 +338,8 @@ def _direction(values: Any) -> Matrix:
 def _closest_axes(direction: NDArray[np.float64]) -> list[tuple[int, int]]:
     """For index axes x, y, z: the world axis (0, 1, 2) each is closest to, all different, and its sign there.
 
-    The permutation with the largest sum of cosines, so that a grid turned by 45° still gets three different axes.
+    The permutation with the largest sum of cosines, so that a grid turned by 45° still gets three different axes;
+    which of two equal fits it takes is a matter of rounding.
     """
     strength = np.abs(direction)
     best = max(itertools.permutations(range(3)), key=lambda p: sum(strength[w, i] for i, w in enumerate(p)))

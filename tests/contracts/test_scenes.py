@@ -1,0 +1,108 @@
+"""Surfaces and scenes: volumes of bodies whose volume is known, and frames."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from scangraph.contracts import Scene, Surface
+from scangraph.contracts.errors import InvalidVolume
+from tests.contracts.grids import rotation
+
+
+def box(size: tuple[float, float, float], at: Any = (0, 0, 0)) -> Surface:
+    """A closed box, its faces counter-clockwise seen from outside."""
+    corners = np.array([(x, y, z) for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * size + at
+    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
+    faces = [t for a, b, c, d in quads for t in ((a, b, c), (a, c, d))]
+    return surface(corners, faces)
+
+
+def sphere(radius: float, rings: int, at: Any = (0, 0, 0)) -> Surface:
+    """A closed sphere of latitude rings; its volume approaches the ball's from below."""
+    theta = np.linspace(0, math.pi, rings + 1)[1:-1]
+    phi = np.linspace(0, 2 * math.pi, 2 * rings, endpoint=False)
+    ring = np.stack(
+        [
+            np.outer(np.sin(theta), np.cos(phi)),
+            np.outer(np.sin(theta), np.sin(phi)),
+            np.outer(np.cos(theta), np.ones(2 * rings)),
+        ],
+        -1,
+    )
+    vertices = np.concatenate([ring.reshape(-1, 3), [(0, 0, 1), (0, 0, -1)]]) * radius + at
+    n, north, south = 2 * rings, len(vertices) - 2, len(vertices) - 1
+    faces = []
+    for k in range(n):
+        after = (k + 1) % n
+        faces += [(north, k, after), (south, (rings - 2) * n + after, (rings - 2) * n + k)]
+        for row in range(0, (rings - 2) * n, n):
+            faces += [(row + k, row + n + k, row + n + after), (row + k, row + n + after, row + after)]
+    return surface(vertices, faces)
+
+
+def surface(vertices: Any, faces: Any, **change: Any) -> Surface:
+    return Surface(**{"name": "liver", "label": 5, "color": (1, 2, 3), "vertices_mm": vertices, "faces": faces, **change})
+
+
+def test_volume_of_a_box() -> None:
+    assert box((10, 20, 30)).volume_ml == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("at", [(0, 0, 0), (1500, -1200, 900)])
+def test_volume_of_a_sphere_wherever_it_is(at: tuple[float, float, float]) -> None:
+    ball = 4 / 3 * math.pi * 20**3 / 1000
+    coarse, fine = sphere(20, 16, at).volume_ml, sphere(20, 64, at).volume_ml
+    assert fine == pytest.approx(ball, rel=2e-3)
+    assert coarse < fine < ball
+
+
+def test_volume_is_negative_inside_out_and_zero_without_faces() -> None:
+    inward = box((10, 20, 30))
+    assert surface(inward.vertices_mm, inward.faces[:, ::-1]).volume_ml == pytest.approx(-6.0)
+    assert surface(np.zeros((0, 3)), np.zeros((0, 3))).volume_ml == 0.0
+
+
+def test_volume_does_not_change_in_a_turn() -> None:
+    brick = box((10, 20, 30), at=(5, 6, 7))
+    turned = surface(brick.vertices_mm @ rotation((0.4, 0.1, -0.8, 0.3)).T, brick.faces)
+    assert turned.volume_ml == pytest.approx(6.0, rel=1e-5)
+
+
+def test_arrays_become_what_files_and_screens_want() -> None:
+    made = surface([(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)], label=np.uint8(5), color=np.array([1, 2, 3], np.uint8))
+    assert (made.vertices_mm.dtype, made.faces.dtype) == (np.float32, np.int32)
+    assert made.vertices_mm.flags.c_contiguous
+    assert (type(made.label), made.color, {type(c) for c in made.color}) == (int, (1, 2, 3), {int})
+
+
+@pytest.mark.parametrize("change", [{"vertices_mm": np.zeros((4, 2))}, {"faces": np.zeros((4, 4))}, {"faces": np.zeros(3)}])
+def test_other_shapes_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidVolume):
+        surface(np.zeros((4, 3)), np.zeros((1, 3)), **change)
+
+
+# --- frames ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_frame_turns_every_surface_and_keeps_the_rest() -> None:
+    scene = Scene((box((10, 20, 30), at=(1, 2, 3)), sphere(5, 8)), "LPS", ("a demonstration",))
+    turned = scene.in_frame("RAS")
+    assert (turned.frame, turned.notes) == ("RAS", ("a demonstration",))
+    for before, after in zip(scene.surfaces, turned.surfaces, strict=True):
+        assert_array_equal(after.vertices_mm, before.vertices_mm * np.float32([-1, -1, 1]))
+        assert_array_equal(after.faces, before.faces)
+        assert (after.name, after.label, after.color) == (before.name, before.label, before.color)
+        assert after.volume_ml == pytest.approx(before.volume_ml)  # a rotation, not a mirror: still outward
+
+
+def test_in_frame_and_back_is_the_same() -> None:
+    scene = Scene((sphere(5, 8, (100, -50, 25)),))
+    assert scene.in_frame("LPS") is scene
+    again = scene.in_frame("RAS").in_frame("LPS")
+    assert again.frame == "LPS"
+    assert_allclose(again.surfaces[0].vertices_mm, scene.surfaces[0].vertices_mm, rtol=0, atol=0)

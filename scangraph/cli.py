@@ -434,7 +434,7 @@ def manifest_of_nnunet(
         task=task,
         inputs=tuple(ModelInput(name=port.name, phase=port.phase) for port in component.inputs),
         networks=(ModelNetwork(folder="nnunet", folds=folds, labels=mapping),),
-        spacing_mm=spacing,  # type: ignore[arg-type]
+        spacing_mm=spacing,
         orientation="RAS" if reader.endswith("WithReorient") else "LPS",
         files={},
         license=license_name,

@@ -24,7 +24,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import pydantic
 import ray
 from ray import serve
-from ray._raylet import AuthenticationTokenLoader
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -130,7 +130,7 @@ async def _run_once(
     attempt: int,
 ) -> StepResult:
     # Inside a dict references stay references; as a top-level argument Serve would resolve them here.
-    response = streaming.remote(component.id, dict(inputs), dict(parameters), execution_id)
+    response: Any = streaming.remote(component.id, dict(inputs), dict(parameters), execution_id)
     summary: StepSummary | None = None
     outputs: list[ray.ObjectRef[Any]] = []
     try:

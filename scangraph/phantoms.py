@@ -294,10 +294,10 @@ class _Grid:
         rows = [(float(r[0]), float(r[1]), float(r[2])) for r in self.direction]
         return Volume(array, self.spacing_mm, (x, y, z), (rows[0], rows[1], rows[2]))
 
-    def box(self, solid: _Solid) -> tuple[slice, slice, slice]:
-        """Slices (z, y, x) of the voxels that `solid` can touch."""
-        low, high = solid.low - self.voxel_mm, solid.high + self.voxel_mm
-        corners = np.stack(np.meshgrid(*zip(low, high, strict=True), indexing="ij"), axis=-1).reshape(-1, 3) * self.scale
+    def box(self, low: Point, high: Point) -> tuple[slice, slice, slice]:
+        """Slices (z, y, x) of the voxels that anything between the corners `low` and `high` (x, y, z in mm) can touch."""
+        margins = low - self.voxel_mm, high + self.voxel_mm
+        corners = np.stack(np.meshgrid(*zip(*margins, strict=True), indexing="ij"), axis=-1).reshape(-1, 3) * self.scale
         index = (corners - self.origin_mm) @ self.direction / np.array(self.spacing_mm[::-1])
         first = np.maximum(np.floor(index.min(axis=0)).astype(int), 0)
         stop = np.minimum(np.ceil(index.max(axis=0)).astype(int) + 1, self.shape[::-1])
@@ -363,14 +363,12 @@ class _Canvas:
 
         The images get the tissue in proportion to the part of each voxel it covers, the masks where it covers the centre.
         """
-        low = np.min([s.low for s in solids], axis=0)
-        high = np.max([s.high for s in solids], axis=0)
-        whole = self.grid.box(_Solid(solids[0].distance, low, high))
+        whole = self.grid.box(np.min([s.low for s in solids], axis=0), np.max([s.high for s in solids], axis=0))
         gap = np.full([s.stop - s.start for s in whole], _FAR, np.float32)
         if gap.size == 0:
             return
         for solid in solids:
-            box = self.grid.box(solid)
+            box = self.grid.box(solid.low, solid.high)
             local = gap[tuple(slice(b.start - w.start, b.stop - w.start) for b, w in zip(box, whole, strict=True))]
             np.minimum(local, solid.distance(*self.grid.coordinates(box)), out=local)
         if within is not None:

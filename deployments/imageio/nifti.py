@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from isal import isal_zlib
@@ -238,7 +238,7 @@ def _open(data: memoryview, name: str, limits: Limits) -> tuple[_Header, bytes |
     stream = isal_zlib.decompressobj(_GZIP_WBITS)
     try:
         content = stream.decompress(data, header.end + 1)
-    except isal_zlib.error:
+    except isal_zlib.IsalError:
         raise IntegrityError(
             name=name, reason="its compressed data or checksum is wrong; it was damaged, send it again"
         ) from None
@@ -255,7 +255,7 @@ def _open(data: memoryview, name: str, limits: Limits) -> tuple[_Header, bytes |
 def _inflate_head(data: memoryview, name: str) -> bytes:
     try:
         return bytes(isal_zlib.decompressobj(_GZIP_WBITS).decompress(bytes(data[: 64 * 1024]), 540))
-    except isal_zlib.error:
+    except isal_zlib.IsalError:
         raise IntegrityError(
             name=name, reason="its compressed data is wrong from the start; it was damaged, send it again"
         ) from None
@@ -326,7 +326,8 @@ def _read_header(head: bytes, name: str, limits: Limits) -> _Header:
 def _find_layout(head: bytes, name: str) -> Any:
     """Return the fields as NIfTI-1 or -2 of whichever byte order makes the first number a header's size."""
     for layout in (_NIFTI1, _NIFTI2):
-        for order in "<>":
+        orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+        for order in orders:
             if int.from_bytes(head[:4], "little" if order == "<" else "big") == layout.itemsize:
                 if len(head) < layout.itemsize:
                     raise Truncated(name=name, reason="it ends inside its header; it was cut, send it again")

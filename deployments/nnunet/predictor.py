@@ -1,8 +1,8 @@
 """One nnU-Net network, ready to predict: the seam behind which the inference engine is exchanged.
 
 What the rest of the stage sees is `Network(folder, …).predict(channels, spacing_mm, on_tile) -> labels`. Behind it stands,
-for now, nnU-Net's own predictor (Isensee et al., Nature Methods 2021), its network built from the plans and its tile loop replaced,
-so that tiles are counted, a cancelled request stops, and running out of memory is an error instead of a silent retry.
+for now, nnU-Net's own predictor (Isensee et al., Nature Methods 2021), its network built from the plans and its tile loop
+replaced, so that tiles are counted, a cancelled request stops, and running out of memory is an error, not a silent retry.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Read networks from nnU-Net folders without executing anything that a file says.
 
 nnU-Net itself unpickles its checkpoints, and its plans name Python classes that are imported by name: a crafted folder runs
-code (measured on nnU-Net 2.8.1). Here weights are safetensors, or checkpoints read with `weights_only`, and every class a plan may
-name is on a list.
+code (measured on nnU-Net 2.8.1). Here weights are safetensors, or checkpoints read with `weights_only`, and every class a plan
+may name is on a list.
 """
 
 from __future__ import annotations

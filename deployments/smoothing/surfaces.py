@@ -1,8 +1,8 @@
 """From a label map to smoothed, closed surfaces in millimetres.
 
 The recipe, measured against its alternatives on analytic shapes: marching cubes of all labels in one pass (zmesh), windowed-
-sinc smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is averaged
-over the neighbourhood and given back, so that thin vessels keep their volume at any radius without the voxels' staircase.
+sinc smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is
+averaged over the neighbourhood and given back, so that thin vessels keep their volume at any radius without the voxels' staircase.
 Everything happens in index × spacing millimetres; direction and origin are applied last, so that an oblique grid costs nothing.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import scipy.sparse
+import scipy.sparse.csgraph
 import zmesh
 from numpy.typing import NDArray
 from vtkmodules.util.numpy_support import numpy_to_vtk, numpy_to_vtkIdTypeArray, vtk_to_numpy
@@ -26,6 +27,8 @@ from scangraph.contracts import Frame, LabelMap, Scene, Surface, label_table
 _ITERATIONS, _PASS_BAND = 30, 0.01
 #: Averagings of the loss before it is given back: wide enough to leave the staircase out, local enough to know the radius.
 _AVERAGINGS = 30
+#: Pieces with fewer vertices are not smoothed.
+_LEAST_VERTICES = 40
 #: Difference of surface and voxel volume (parts of one) from which a structure carries a warning.
 _VOLUME_TOLERANCE = 0.05
 _NOTES = ("Research use only. Not a medical device.",)
@@ -115,12 +118,17 @@ def smooth_surface(vertices: Vertices, faces: Faces, strength: float = 1.0) -> V
         New positions; the faces stay.
     """
     smoothed = _windowed_sinc(vertices, faces, _PASS_BAND**strength)
-    averaging = _neighbour_average(len(vertices), faces)
+    adjacency = _adjacency(len(vertices), faces)
+    # A piece of a voxel or two would shrink to a point, or turn inside out: it stays as it is.
+    piece = scipy.sparse.csgraph.connected_components(adjacency, directed=False)[1]
+    tiny = np.bincount(piece)[piece] < _LEAST_VERTICES
+    smoothed[tiny] = vertices[tiny]
+    averaging = scipy.sparse.diags(1 / np.asarray(adjacency.sum(axis=1)).ravel()) @ adjacency
     normals = vertex_normals(smoothed, faces)
     loss = np.einsum("ij,ij->i", vertices - smoothed, normals)
     for _ in range(_AVERAGINGS):
         loss = averaging @ loss
-    return smoothed + loss[:, None] * normals
+    return np.asarray(smoothed + loss[:, None] * normals)
 
 
 def vertex_normals(vertices: Vertices, faces: Faces) -> Vertices:
@@ -167,14 +175,14 @@ def _windowed_sinc(vertices: Vertices, faces: Faces, pass_band: float) -> Vertic
     return np.asarray(vtk_to_numpy(sinc.GetOutput().GetPoints().GetData()), np.float64).copy()
 
 
-def _neighbour_average(count: int, faces: Faces) -> Any:
-    """Sparse matrix that replaces each vertex's value by the mean of its own and its neighbours'."""
+def _adjacency(count: int, faces: Faces) -> Any:
+    """Sparse matrix with a 1 for every vertex and each of its neighbours, itself included."""
     start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
     every = np.arange(count)
     rows, columns = np.concatenate([start, end, every]), np.concatenate([end, start, every])
     adjacency = scipy.sparse.csr_matrix((np.ones(rows.size), (rows, columns)), shape=(count, count))
     adjacency.data[:] = 1.0  # an edge has two triangles and would count twice
-    return scipy.sparse.diags(1 / np.asarray(adjacency.sum(axis=1)).ravel()) @ adjacency
+    return adjacency
 
 
 def _crop(array: NDArray[Any], wanted: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -92,9 +92,9 @@ def test_components_without_parameters_refuse_them() -> None:
 
 def test_declarations_cannot_change() -> None:
     with pytest.raises(ValidationError):
-        COMPONENT.version = "2"
+        COMPONENT.version = "2"  # type: ignore[misc]
     with pytest.raises(ValidationError):
-        COMPONENT.inputs[0].optional = True
+        COMPONENT.inputs[0].optional = True  # type: ignore[misc]
 
 
 def test_unknown_kinds_and_phases_are_refused() -> None:

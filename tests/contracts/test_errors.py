@@ -43,7 +43,7 @@ def test_every_class_is_found() -> None:
     assert len(CONCRETE) > 20
 
 
-# --- across processes ---------------------------------------------------------------------------------------------------------
+# --- across processes -------------------------------------------------------------------------------------------------
 
 
 def assert_same(again: BaseException, error: ScanGraphError) -> None:
@@ -74,7 +74,7 @@ def test_survives_pickle_as_the_cause_of_another() -> None:
     assert str(kept).startswith("'../x' is refused: it leads outside.")
 
 
-# --- what it says ------------------------------------------------------------------------------------------------------------------
+# --- what it says -----------------------------------------------------------------------------------------------------
 
 
 @every_error
@@ -100,7 +100,7 @@ def test_sentences_known_answers() -> None:
     )
 
 
-# --- the table of statuses ------------------------------------------------------------------------------------------------------------
+# --- the table of statuses --------------------------------------------------------------------------------------------
 
 
 @every_error

@@ -33,7 +33,7 @@ def test_labels_are_plain_sorted_and_without_background() -> None:
     assert {type(n) for n in made.labels} == {int}
 
 
-# --- counts and volumes -------------------------------------------------------------------------------------------------------
+# --- counts and volumes -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", UNSIGNED)
@@ -60,7 +60,7 @@ def test_volumes_known_answer() -> None:
     assert mask(cube, spacing_mm=(2, 1, 0.5)).volumes_ml() == {5: 0.5, 2: 0.1}
 
 
-# --- another grid -----------------------------------------------------------------------------------------------------------------
+# --- another grid -----------------------------------------------------------------------------------------------------
 
 
 def assert_as_simpleitk(source: LabelMap, target: Volume) -> None:
@@ -119,7 +119,7 @@ def test_lookup_on_the_same_grid_is_free() -> None:
     assert source.on_grid_of(volume()) is source
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------------
 
 
 def test_merge_paints_the_last_over_the_first() -> None:

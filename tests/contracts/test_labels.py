@@ -86,23 +86,25 @@ def test_snomed_check_can_fail() -> None:
 
 
 def test_sides_are_those_of_the_names() -> None:
-    for label in label_table().values():
-        if label.laterality:
-            assert label.laterality in label.name
-    pairs = [label for label in label_table().values() if f"{label.name[:-4]}right" in {o.name for o in label_table().values()}]
-    assert len(pairs) >= 20
-    for left in pairs:
-        if left.name.endswith("_left"):
-            right = label_table()[label_number(f"{left.name[:-4]}right")]
-            one_concept = left.snomed_code == right.snomed_code
-            assert not one_concept or (left.laterality, right.laterality) == ("left", "right"), left.name
+    table = {label.name: label for label in label_table().values()}
+    for label in table.values():
+        assert label.laterality is None or label.laterality in label.name
+    pairs = [
+        (table[name], table[name.replace("left", "right")])
+        for name in table
+        if name.replace("left", "right") in table.keys() - {name}
+    ]
+    assert len(pairs) > 30
+    for left, right in pairs:
+        if left.snomed_code == right.snomed_code:
+            assert (left.laterality, right.laterality) == ("left", "right"), f"nothing tells {left.name} from {right.name}"
 
 
 def test_title_is_how_a_person_writes_it() -> None:
     assert label_table()[63].title == "inferior vena cava"
 
 
-# --- checking and renumbering --------------------------------------------------------------------------------------------------
+# --- checking and renumbering -----------------------------------------------------------------------------------------
 
 
 def test_known_labels_pass() -> None:

@@ -75,18 +75,19 @@ def test_volume_does_not_change_in_a_turn() -> None:
 
 def test_arrays_become_what_files_and_screens_want() -> None:
     made = surface([(0, 0, 0), (1, 0, 0), (0, 1, 0)], [(0, 1, 2)], label=np.uint8(5), color=np.array([1, 2, 3], np.uint8))
-    assert (made.vertices_mm.dtype, made.faces.dtype) == (np.float32, np.int32)
+    assert made.vertices_mm.dtype == np.float32
+    assert made.faces.dtype == np.int32
     assert made.vertices_mm.flags.c_contiguous
     assert (type(made.label), made.color, {type(c) for c in made.color}) == (int, (1, 2, 3), {int})
 
 
-@pytest.mark.parametrize("change", [{"vertices_mm": np.zeros((4, 2))}, {"faces": np.zeros((4, 4))}, {"faces": np.zeros(3)}])
+@pytest.mark.parametrize("change", [{"vertices": np.zeros((4, 2))}, {"faces": np.zeros((4, 4))}, {"faces": np.zeros(3)}])
 def test_other_shapes_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(InvalidVolume):
-        surface(np.zeros((4, 3)), np.zeros((1, 3)), **change)
+        surface(**{"vertices": np.zeros((4, 3)), "faces": np.zeros((1, 3)), **change})
 
 
-# --- frames ---------------------------------------------------------------------------------------------------------------------
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def test_in_frame_turns_every_surface_and_keeps_the_rest() -> None:
@@ -94,7 +95,7 @@ def test_in_frame_turns_every_surface_and_keeps_the_rest() -> None:
     turned = scene.in_frame("RAS")
     assert (turned.frame, turned.notes) == ("RAS", ("a demonstration",))
     for before, after in zip(scene.surfaces, turned.surfaces, strict=True):
-        assert_array_equal(after.vertices_mm, before.vertices_mm * np.float32([-1, -1, 1]))
+        assert_array_equal(after.vertices_mm, before.vertices_mm * np.array([-1, -1, 1], np.float32))
         assert_array_equal(after.faces, before.faces)
         assert (after.name, after.label, after.color) == (before.name, before.label, before.color)
         assert after.volume_ml == pytest.approx(before.volume_ml)  # a rotation, not a mirror: still outward

@@ -1,0 +1,82 @@
+"""What tests share: the sample data, small phantoms, and one running service for those that need it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from scangraph.contracts import LabelMap, Volume
+from scangraph.phantoms import Phantom, make_phantom
+from scangraph.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def sample_ct() -> Path:
+    """A real abdominal CT."""
+    return _sample("ct.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def sample_mask() -> Path:
+    """Its segmentation: 61 labels."""
+    return _sample("ct_total_seg.nii.gz")
+
+
+def _sample(name: str) -> Path:
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"the sample data ({name} in ../shared/data) is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def phantom() -> Phantom:
+    """A coarse synthetic patient, quick to segment."""
+    return make_phantom(4242, spacing_mm=(4.0, 3.0, 3.0), oblique=False)
+
+
+@pytest.fixture
+def ball() -> LabelMap:
+    """A ball of radius 8 mm labelled 2, and a box labelled 5, on an oblique anisotropic grid."""
+    z, y, x = np.mgrid[:24, :30, :36]
+    spacing = (1.5, 1.0, 0.8)
+    distance = np.sqrt(((z - 11) * 1.5) ** 2 + ((y - 14) * 1.0) ** 2 + ((x - 14) * 0.8) ** 2)
+    array = np.where(distance < 8, 2, 0).astype(np.uint8)
+    array[5:15, 8:20, 28:34] = 5
+    turn = np.deg2rad(20)
+    direction = ((np.cos(turn), -np.sin(turn), 0), (np.sin(turn), np.cos(turn), 0), (0, 0, 1))
+    return LabelMap(array, spacing, (-30.0, 40.0, 500.0), direction, (2, 5))
+
+
+@pytest.fixture(scope="session")
+def service_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of the session's service: a data folder of its own, a free port."""
+    return load_settings(data=tmp_path_factory.mktemp("data"), port=0, cpus=2, object_store_mb=1024)
+
+
+@pytest.fixture(scope="session")
+def service(service_settings: Settings) -> Iterator[str]:
+    """URL of a real service: real Ray, real HTTP, every stage in its environment."""
+    for stage in ("base", "nnunet", "smoothing"):
+        if not (service_settings.environments_dir / stage / "scangraph-lock").exists():
+            pytest.skip(f"environment {stage!r} is not built: run `make setup`")
+    from scangraph.cluster import local_service
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own threads warn about Ray's own sockets
+        with local_service(service_settings) as running:
+            yield running.url
+
+
+def constant_volume(
+    value: int, shape: tuple[int, int, int] = (8, 9, 10), origin_mm: tuple[float, float, float] = (0, 0, 0)
+) -> Volume:
+    """A volume of one value."""
+    return Volume(np.full(shape, value, np.int16), (2.0, 1.5, 1.0), origin_mm)

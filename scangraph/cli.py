@@ -405,9 +405,9 @@ def manifest_of_nnunet(
     try:
         dataset = json.loads((folder / "dataset.json").read_text())
         plans = json.loads((folder / "plans.json").read_text())
-        configuration = folder.name.rpartition("__")[2]
-        names = list(plans["configurations"])
-        chosen = plans["configurations"][configuration if configuration in names else "3d_fullres"]
+        configurations = plans["configurations"]
+        named = folder.name.rpartition("__")[2]  # nnU-Net calls the folder <trainer>__<plans>__<configuration>
+        chosen = configurations.get(named) or configurations.get("3d_fullres") or next(iter(configurations.values()))
         spacing = tuple(float(s) for s in chosen["spacing"])
         own = {name: number for name, number in dataset["labels"].items() if isinstance(number, int) and number > 0}
     except (OSError, ValueError, KeyError) as error:

@@ -42,6 +42,8 @@ class LocalStorage:
             raise PathRefused(path=path, reason="it has a control character or a backslash")
         if ".." in PurePosixPath(path).parts:
             raise PathRefused(path=path, reason="it has a '..'")
+        if max((len(part.encode()) for part in PurePosixPath(path).parts), default=0) > 255 or len(path.encode()) > 2048:
+            raise PathRefused(path=path[:64] + "…", reason="it is too long")
         try:
             real = (self.root / path).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
@@ -85,6 +87,9 @@ class LocalStorage:
         temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # also where a file stands in the way of a folder
+            raise StorageFull(path=name, reason=error.strerror or str(error)) from error
+        try:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()

@@ -39,7 +39,7 @@ def _sample(name: str) -> Path:
 @pytest.fixture(scope="session")
 def phantom() -> Phantom:
     """A coarse synthetic patient, quick to segment."""
-    return make_phantom(4242, spacing_mm=(4.0, 3.0, 3.0), oblique=False)
+    return make_phantom(4242, spacing_mm=(4.0, 3.0, 3.0), oblique=(0.0, 0.0, 0.0))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ replaced, so that tiles are counted, a cancelled request stops, and running out 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from deployments.nnunet.weights import NetworkFolder
+from scangraph.contracts.errors import InvalidModel
 
 #: Called after every tile as `on_tile(done, total)`; what it raises stops the prediction.
 OnTile = Callable[[int, int], None]
@@ -56,6 +57,24 @@ class _TiledPredictor(nnUNetPredictor):  # type: ignore[misc]
         return logits
 
 
+def complete_state(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give every name of a network's state its tensor; nnU-Net's modules know one tensor by up to three names, files by one.
+
+    Raises
+    ------
+    InvalidModel
+        If the weights are not this network's.
+    """
+    state = network.state_dict()
+    shared = {state[name].data_ptr(): tensor for name, tensor in weights.items() if name in state}
+    complete = {name: weights.get(name, shared.get(tensor.data_ptr())) for name, tensor in state.items()}
+    wrong = [name for name, tensor in complete.items() if tensor is None or tensor.shape != state[name].shape]
+    wrong += [name for name in weights if name not in state]
+    if wrong:
+        raise InvalidModel(folder="weights", reason=f"they do not fit the network of the plans, first at {wrong[0]}")
+    return {name: tensor for name, tensor in complete.items() if tensor is not None}
+
+
 class Network:
     """A loaded network.
 
@@ -81,7 +100,8 @@ class Network:
             allow_init=False,
             deep_supervision=False,
         )
-        network.load_state_dict(folder.parameters[0])
+        parameters = [complete_state(network, weights) for weights in folder.parameters]
+        network.load_state_dict(parameters[0])
         predictor = _TiledPredictor(
             use_gaussian=True,
             use_mirroring=mirroring and folder.mirror_axes is not None,
@@ -90,7 +110,7 @@ class Network:
             allow_tqdm=False,
         )
         predictor.manual_initialization(
-            network, plans, configuration, folder.parameters, folder.dataset, folder.trainer, folder.mirror_axes
+            network, plans, configuration, parameters, folder.dataset, folder.trainer, folder.mirror_axes
         )
         self._predictor = predictor
         self.channels = len(folder.dataset.get("channel_names", folder.dataset.get("modality", {})))

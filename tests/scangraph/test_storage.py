@@ -15,7 +15,20 @@ def storage(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "storage")
 
 
-REFUSED = ["", " ", "..", "../secret.txt", "a/../../secret.txt", "/etc/passwd", "file:///etc/passwd", "s3://bucket/key", "a\0b", "a\\b", ".", "x" * 5000]
+REFUSED = [
+    "",
+    " ",
+    "..",
+    "../secret.txt",
+    "a/../../secret.txt",
+    "/etc/passwd",
+    "file:///etc/passwd",
+    "s3://bucket/key",
+    "a\0b",
+    "a\\b",
+    ".",
+    "x" * 5000,
+]
 
 
 @pytest.mark.parametrize("path", REFUSED)

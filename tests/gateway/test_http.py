@@ -1,0 +1,200 @@
+"""The HTTP door of a real service."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from deployments.imageio.nifti import read_nifti, write_nifti
+from scangraph.contracts import LabelMap, label_table
+from scangraph.phantoms import Phantom
+from scangraph.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def client(service: str) -> Any:
+    with httpx.Client(base_url=service, timeout=300) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def storage(service_settings: Settings, service: str, phantom: Phantom) -> Path:
+    """The service's storage, with the phantom in it."""
+    root = service_settings.storage_root
+    for name, volume in phantom.volumes.items():
+        (root / f"{name}.nii.gz").write_bytes(write_nifti(volume))
+    for name, mask in phantom.truth.items():
+        (root / f"true-{name}.nii.gz").write_bytes(write_nifti(mask))
+    return root
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, Any] = response.json()
+    assert body["type"] == f"urn:scangraph:problem:{code}"
+    assert body["status"] == status
+    assert body["trace_id"]
+    assert "Traceback" not in response.text
+    return body
+
+
+def test_health_and_readiness(client: httpx.Client) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["not_ready"]) == (200, {})
+
+
+def test_components_and_labels(client: httpx.Client) -> None:
+    items = {c["id"]: c for c in client.get("/v1/components").json()["items"]}
+    assert {"inference/totalseg", "inference/vessel", "inference/ureter", "inference/tumor", "smoothing/base"} <= items.keys()
+    ureter = items["inference/ureter"]
+    assert ureter["inputs"][0]["path_name"] == "image_D_path"
+    assert any("delayed" in text for text in ureter["constraints"])
+    assert ureter["models"][0]["demo"] is True
+    assert client.get("/v1/components/inference/ureter").json() == ureter
+    problem(client.get("/v1/components/inference/nothing"), 404, "unknown-component")
+    labels = client.get("/v1/labels").json()["items"]
+    assert len(labels) == len(label_table())
+
+
+def test_openapi_describes_every_component(client: httpx.Client) -> None:
+    document = client.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    vessel = document["paths"]["/inference/vessel"]["post"]
+    assert "portal" in vessel["description"]
+    assert "application/problem+json" in vessel["responses"]["422"]["content"]
+    assert client.get("/docs").status_code == 200
+
+
+def test_the_main_job_by_http(client: httpx.Client, storage: Path, phantom: Phantom) -> None:
+    """CT in, mask and scene out; the second call loads nothing and gives the same mask."""
+    body = {"image_D_path": "delayed.nii.gz"}
+    first = client.post("/inference/ureter", json=body)
+    assert first.status_code == 200, first.text
+    second = client.post("/inference/ureter", json=body).json()
+    assert second["facts"]["model_loaded"] is False
+    assert second["mask_path"] != first.json()["mask_path"]  # results are never overwritten
+    masks = [read_nifti((storage / a["mask_path"]).read_bytes(), "m.nii.gz", as_mask=True) for a in (first.json(), second)]
+    assert np.array_equal(masks[0].array, masks[1].array)
+    assert masks[0].same_grid(phantom.volumes["delayed"])
+    assert any("synthetic phantoms" in w for w in second["warnings"])
+    assert second["facts"]["model"]["id"] == "ureter-demo"
+
+    merged = client.post("/postprocess/merge", json={"mask_paths": ["true-organs.nii.gz", second["mask_path"]]}).json()
+    scene = client.post("/smoothing/base", json={"mask_path": merged["mask_path"]}).json()
+    text = (storage / scene["obj_path"]).read_text()
+    assert "g ureter" in text
+    assert "g kidney_left" in text
+    mtl = text.partition("mtllib ")[2].partition("\n")[0]
+    assert (storage / scene["obj_path"]).with_name(mtl).exists()
+
+
+def test_absolute_paths_are_answered_in_kind(client: httpx.Client, storage: Path) -> None:
+    answer = client.post(
+        "/smoothing/base", json={"mask_path": str(storage / "true-vessels.nii.gz"), "structures": [204]}
+    ).json()
+    assert Path(answer["obj_path"]).is_absolute()
+    assert Path(answer["obj_path"]).is_relative_to(storage)
+    assert Path(answer["obj_path"]).read_text().count("\ng ") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("nothing.nii.gz", 404, "file-not-found"),
+        ("../secret", 403, "path-refused"),
+        ("/etc/passwd", 403, "path-refused"),
+        ("s3://bucket/key", 403, "path-refused"),
+        ("text.nii.gz", 415, "unsupported-media"),
+        ("cut.nii.gz", 422, "truncated"),
+        ("foreign.nii.gz", 422, "unknown-labels"),
+    ],
+)
+def test_bad_files_are_clear_4xx(client: httpx.Client, storage: Path, path: str, status: int, code: str) -> None:
+    whole = (storage / "true-organs.nii.gz").read_bytes()
+    (storage / "text.nii.gz").write_bytes(b"this is text" * 99)
+    (storage / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    array = np.full((3, 3, 3), 190, np.uint8)
+    (storage / "foreign.nii.gz").write_bytes(write_nifti(LabelMap(array, (1, 1, 1), labels=(190,))))
+    body = problem(client.post("/smoothing/base", json={"mask_path": path}), status, code)
+    assert path.rpartition("/")[2] in body["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "/image_path"),
+        ({"image_path": "portal.nii.gz", "surprise": 1}, "/surprise"),
+        ({"image_path": 7}, "/image_path"),
+        ({"image_path": "portal.nii.gz", "step_size": 9}, "/step_size"),
+        ({"image_path": ""}, "/image_path"),
+    ],
+)
+def test_requests_that_do_not_fit_point_at_the_field(client: httpx.Client, body: dict[str, Any], pointer: str) -> None:
+    errors = problem(client.post("/inference/tumor", json=body), 422, "invalid-request")["errors"]
+    assert pointer in [e["pointer"] for e in errors]
+
+
+def test_every_other_error_is_a_problem_too(client: httpx.Client) -> None:
+    problem(client.get("/nothing"), 404, "not-found")
+    problem(client.get("/inference/tumor"), 405, "method-not-allowed")
+    problem(client.post("/inference/tumor", content=b"{", headers={"content-type": "application/json"}), 422, "invalid-request")
+    problem(client.post("/inference/tumor", content=b"x" * 2_000_000), 413, "body-too-large")
+
+    def chunks() -> Any:
+        for _ in range(40):
+            yield b"x" * 65536
+
+    problem(client.post("/inference/tumor", content=chunks()), 413, "body-too-large")
+    problem(client.post("/inference/tumor", json={"image_path": "a.nii.gz", "model": "none-such"}), 404, "file-not-found")
+
+
+def test_an_unknown_model_is_named(client: httpx.Client, storage: Path) -> None:
+    body = problem(
+        client.post("/inference/tumor", json={"image_path": "portal.nii.gz", "model": "none-such"}), 404, "model-not-found"
+    )
+    assert "tumor-demo" in body["detail"]
+
+
+def test_little_overlap_names_both_extents(client: httpx.Client, storage: Path, phantom: Phantom) -> None:
+    portal = phantom.volumes["portal"]
+    far = type(portal)(portal.array, portal.spacing_mm, (900.0, 0.0, 0.0), portal.direction)
+    (storage / "far.nii.gz").write_bytes(write_nifti(far))
+    body = {"image_A_path": "arterial.nii.gz", "image_P_path": "far.nii.gz"}
+    detail = problem(client.post("/inference/vessel", json=body), 422, "extents-do-not-overlap")["detail"]
+    assert "image_A spans" in detail
+    assert "image_P spans" in detail
+
+
+def nnunet_replica() -> psutil.Process:
+    """The process that runs the segmentation, found among our own children."""
+    for process in psutil.Process().children(recursive=True):
+        if any(":nnunet" in part for part in process.cmdline()):
+            return process
+    raise AssertionError("there is no nnunet replica")
+
+
+def test_a_killed_replica_is_retried_and_the_next_request_works(client: httpx.Client, storage: Path) -> None:
+    import threading
+
+    body = {"image_path": "portal.nii.gz", "step_size": 0.25}
+    answers: list[httpx.Response] = []
+    request = threading.Thread(target=lambda: answers.append(client.post("/inference/totalseg", json=body)))
+    request.start()
+    time.sleep(3)  # into the tiles; where the machine is faster than that, the kill comes after the answer and nothing is lost
+    nnunet_replica().kill()
+    request.join(timeout=240)
+    (answer,) = answers
+    if answer.status_code == 200:
+        assert answer.json()["attempts"] >= 1
+    else:
+        problem(answer, 503, "stage-lost")
+    again = client.post("/inference/ureter", json={"image_D_path": "delayed.nii.gz"})
+    assert again.status_code == 200, again.text

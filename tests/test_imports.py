@@ -1,7 +1,7 @@
 """Who may import whom (ARCHITECTURE.md), as one table and two checks.
 
-Statically: every import in the source, even inside functions, is in its room's row. Really: every room is imported in a process
-of its own in which whatever its row does not have cannot be imported, so that what an import drags in counts too. Modules are
+Statically: every import in the source, even inside functions, is in its room's row. Really: every room is imported by a
+process in which whatever its row does not have cannot be imported, so that what an import drags in counts too. Modules are
 found by walking the folders; a stage that is not in the table fails.
 """
 
@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib.metadata
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,6 +125,7 @@ def by_room(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 MODULES = find_modules(ROOT)
+OURS = {name.partition(".")[0] for name in MODULES}
 
 
 def test_every_module_has_a_room() -> None:
@@ -173,11 +173,15 @@ task = json.load(sys.stdin)
 sys.path[:0] = task["path"]
 sys.modules.update(dict.fromkeys(task["hidden"]))
 failures = {}
-for name in task["modules"]:
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        failures[name] = f"{type(error).__name__}: {error}"
+for room in task["rooms"]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in task["ours"]]:
+        del sys.modules[name]
+    sys.modules.update(dict.fromkeys(room["hidden"]))
+    for name in room["modules"]:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
 print(json.dumps(failures))
 """
 
@@ -190,38 +194,49 @@ def plain(name: str) -> str:
 @functools.cache
 def installed() -> dict[str, set[str]]:
     """Importable names of this environment, with the distributions they come from."""
-    found = importlib.metadata.packages_distributions()
-    ours = {name.partition(".")[0] for name in MODULES}
-    return {name: {plain(d) for d in of} for name, of in found.items() if name not in ours | sys.stdlib_module_names}
+    # Asked of a fresh interpreter: once imported, Ray shows what it carries inside itself as installed.
+    code = "import importlib.metadata, json; print(json.dumps(importlib.metadata.packages_distributions()))"
+    found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    return {name: {plain(d) for d in of} for name, of in found.items() if name not in OURS | sys.stdlib_module_names}
 
 
-def hidden(room: Room, modules: Iterable[str]) -> list[str]:
-    """What must not be importable in a room, of the libraries and of ours."""
-    there = {plain(re.split(r"[=\[ ;]", pin)[0]) for pin in pins(room.environment)}
-    if not room.ray:
-        there.discard("ray")
-    libraries = {name for name, of in installed().items() if not of & there and not any(map(TORCH_BUILD_ONLY.match, of))}
+def hidden_libraries(environment: str, ray: bool) -> list[str]:
+    """Installed names that an environment does not have."""
+    there = {plain(re.split(r"[=\[ ;]", pin)[0]) for pin in pins(environment)} - (set() if ray else {"ray"})
+    return [name for name, of in installed().items() if not of & there and not any(map(TORCH_BUILD_ONLY.match, of))]
+
+
+def hidden_modules(room: Room, modules: Iterable[str]) -> list[str]:
+    """Modules of ours that a room may not import."""
     ours = room.ours.split()
     there = {*modules, *(name.rpartition(".")[0] for name in (*ours, *modules))}
-    return sorted(libraries | {name for name in MODULES if not is_below(name, ours) and name not in there})
+    return [name for name in MODULES if not is_below(name, ours) and name not in there]
 
 
-def failed_imports(room: Room, modules: list[str], *path: Path) -> dict[str, str]:
-    """Import modules in a process of their own, without what their room does not have; return what went wrong."""
-    task = {"modules": modules, "hidden": hidden(room, modules), "path": [str(p) for p in (*path, ROOT)]}
+def failed_imports(rooms: Sequence[tuple[Room, Sequence[str]]], *path: Path) -> dict[str, str]:
+    """Import the modules of rooms with one environment in one process, each room afresh; return what went wrong."""
+    ((environment, ray),) = {(room.environment, room.ray) for room, _ in rooms}
+    task = {
+        "path": [str(p) for p in (*path, ROOT)],
+        "ours": sorted(OURS),
+        "hidden": hidden_libraries(environment, ray),
+        "rooms": [{"hidden": hidden_modules(room, modules), "modules": modules} for room, modules in rooms],
+    }
     command = [sys.executable, "-c", _IMPORT]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, input=json.dumps(task), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     failures: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return failures
 
 
 def test_rooms_import_with_nothing_but_what_they_may() -> None:
-    rooms = {room: modules for room, modules in by_room(MODULES).items() if ROOMS[room].environment}
+    groups: dict[tuple[str, bool], list[tuple[Room, Sequence[str]]]] = {}
+    for name, modules in by_room(MODULES).items():
+        room = ROOMS[name]
+        if room.environment:
+            groups.setdefault((room.environment, room.ray), []).append((room, modules))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda item: failed_imports(ROOMS[item[0]], item[1]), rooms.items())
-        failures = {room: failed for room, failed in zip(rooms, results, strict=True) if failed}
+        failures = {module: why for failed in pool.map(failed_imports, groups.values()) for module, why in failed.items()}
     assert not failures, json.dumps(failures, indent=2)
 
 
@@ -267,7 +282,7 @@ def test_a_planted_import_is_seen_in_the_source(room: str, source: str) -> None:
 )
 def test_a_planted_import_fails(room: str, source: str, tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(source)
-    assert "planted" in failed_imports(ROOMS[room], ["planted"], tmp_path)
+    assert "planted" in failed_imports([(ROOMS[room], ["planted"])], tmp_path)
 
 
 def test_a_new_stage_is_found(tmp_path: Path) -> None:
@@ -281,5 +296,13 @@ def test_a_new_stage_is_found(tmp_path: Path) -> None:
 def test_what_is_allowed_stays_importable(tmp_path: Path) -> None:
     """The opposite of the planted imports: hiding too much would prove nothing."""
     (tmp_path / "planted.py").write_text("import torch, nnunetv2, SimpleITK, scangraph.models, deployments.nnunet.components")
-    assert not failed_imports(ROOMS["nnunet"], ["planted"], tmp_path)
-    assert failed_imports(replace(ROOMS["nnunet"], environment="base"), ["planted"], tmp_path)
+    room = ROOMS["nnunet"]
+    assert not failed_imports([(room, ["planted"])], tmp_path)
+    assert failed_imports([(replace(room, environment="base"), ["planted"])], tmp_path)
+
+
+def test_rooms_in_one_process_do_not_open_each_others_doors(tmp_path: Path) -> None:
+    (tmp_path / "first.py").write_text("import deployments.imageio.nifti")
+    (tmp_path / "second.py").write_text("import deployments.imageio.nifti")
+    rooms = [(ROOMS["imageio"], ["first"]), (ROOMS["postprocess"], ["second"])]
+    assert failed_imports(rooms, tmp_path).keys() == {"second"}

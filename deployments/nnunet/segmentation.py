@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - the name everybody knows it by
+import SimpleITK as sitk
 import torch
 
 from deployments.nnunet.predictor import Network

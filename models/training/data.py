@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import SimpleITK as sitk  # noqa: N813 the name its documentation uses
+import SimpleITK as sitk
 
 from models.training.tasks import Task
 from scangraph import phantoms

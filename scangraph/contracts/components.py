@@ -51,9 +51,9 @@ class Port(BaseModel):
 
     @property
     def path_name(self) -> str:
-        """Its field in JSON: `image_A` -> `image_A_path`, a scene -> `obj_path`, `masks` that takes many -> `masks_paths`."""
+        """Its field in JSON: `image_A` -> `image_A_path`, a scene -> `obj_path`, several `masks` -> `mask_paths`."""
         stem = _PATH_NAMES.get(self.kind, self.name)
-        return f"{stem}_paths" if self.many else f"{stem}_path"
+        return f"{stem.removesuffix('s')}_paths" if self.many else f"{stem}_path"
 
 
 class Component(BaseModel):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk  # noqa: N813 - the name everybody knows it by
+import SimpleITK as sitk
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 

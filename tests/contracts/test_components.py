@@ -40,7 +40,7 @@ COMPONENT = Component(
         (Port(name="image", kind="image"), "image_path"),
         (Port(name="image_A", kind="image"), "image_A_path"),
         (Port(name="mask", kind="mask"), "mask_path"),
-        (Port(name="masks", kind="mask", many=True), "masks_paths"),
+        (Port(name="masks", kind="mask", many=True), "mask_paths"),
         (Port(name="scene", kind="scene"), "obj_path"),
         (Port(name="scenes", kind="scene", many=True), "obj_paths"),
         (Port(name="preview", kind="image2d"), "png_path"),
@@ -65,7 +65,7 @@ def test_description_is_json_and_complete() -> None:
 
 def test_description_of_ports() -> None:
     described = COMPONENT.describe()
-    assert [port["path_name"] for port in described["inputs"]] == ["image_A_path", "masks_paths"]
+    assert [port["path_name"] for port in described["inputs"]] == ["image_A_path", "mask_paths"]
     assert [port["path_name"] for port in described["outputs"]] == ["obj_path"]
     first = described["inputs"][0]
     assert (first["kind"], first["modality"], first["phase"], first["optional"]) == ("image", "CT", "arterial", False)

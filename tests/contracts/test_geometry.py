@@ -9,7 +9,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813 - the name everybody knows it by
+import SimpleITK as sitk
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO

@@ -234,7 +234,7 @@ def test_one_slice_t1_and_plain_files_pass() -> None:
     assert read_nifti(GOOD + bytes(512), "padded by a tape.nii.gz").shape == (4, 5, 6)
 
 
-rotations = st.tuples(*[st.floats(-1, 1) for _ in range(4)]).filter(lambda q: 0.1 < sum(v * v for v in q))
+rotations = st.tuples(*[st.floats(-1, 1) for _ in range(4)]).filter(lambda q: sum(v * v for v in q) > 0.1)
 
 
 @settings(max_examples=60, deadline=None)

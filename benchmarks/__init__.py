@@ -1,0 +1,1 @@
+"""What is measured, against whom; the last figures stand in README.md."""

@@ -1,0 +1,206 @@
+"""Environments: what pip is configured with serves uv too, nothing is built twice, and a failure says which stage and why."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime_envs import build
+from runtime_envs.build import HERE, LOCKED, SERVING, SetupError, fingerprint, uv_environment
+
+TINY = "tiny"
+
+
+def pins(stage: str) -> dict[str, str]:
+    """Version of each distribution in a lock."""
+    lines = [line for line in (HERE / f"{stage}.txt").read_text().splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
+# --- pip's configuration ------------------------------------------------------------------------------------------------------
+
+
+def configured(text: str, folder: Path, **variables: str) -> dict[str, str]:
+    """The variables that uv gets where pip has this configuration."""
+    (folder / "pip.conf").write_text(text)
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "SSL_"))}
+    config = str(folder / "pip.conf") if text else os.devnull
+    return uv_environment(sys.executable, {**plain, "PIP_CONFIG_FILE": config, **variables})
+
+
+def test_pips_wheel_folders_and_indexes_become_uvs(tmp_path: Path) -> None:
+    text = """
+[global]
+index-url = https://example.org/main
+extra-index-url =
+    https://example.org/one
+    https://example.org/two
+find-links = /wheels
+    https://example.org/wheels
+cert = /etc/company.pem
+"""
+    env = configured(text, tmp_path)
+    assert env["UV_DEFAULT_INDEX"] == "https://example.org/main"
+    assert env["UV_INDEX"] == "https://example.org/one https://example.org/two"
+    assert env["UV_FIND_LINKS"] == "/wheels,https://example.org/wheels"
+    assert env["SSL_CERT_FILE"] == "/etc/company.pem"
+    assert env["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+
+
+def test_pips_variables_go_before_its_files_and_install_before_global(tmp_path: Path) -> None:
+    text = (
+        "[global]\nindex-url = https://a\nfind-links = /a\n[install]\nindex-url = https://b\n[wheel]\nindex-url = https://c\n"
+    )
+    env = configured(text, tmp_path, PIP_FIND_LINKS="/b /c")
+    assert env["UV_DEFAULT_INDEX"] == "https://b"
+    assert env["UV_FIND_LINKS"] == "/b,/c"
+
+
+def test_the_users_own_uv_settings_win(tmp_path: Path) -> None:
+    text = "[global]\nextra-index-url = https://example.org/pip\nfind-links = /pip\ncert = /pip.pem\n"
+    own = {"UV_INDEX": "https://example.org/own", "UV_FIND_LINKS": "/own", "UV_INDEX_STRATEGY": "first-index"}
+    own |= {"UV_LINK_MODE": "copy", "UV_HTTP_TIMEOUT": "7", "SSL_CERT_FILE": "/own.pem"}
+    env = configured(text, tmp_path, **own)
+    assert {name: env[name] for name in own} == own
+
+
+def test_without_a_configuration_the_normal_registry_serves(tmp_path: Path) -> None:
+    env = configured("", tmp_path)
+    assert not {"UV_INDEX", "UV_DEFAULT_INDEX", "UV_FIND_LINKS", "UV_INDEX_STRATEGY", "SSL_CERT_FILE"} & env.keys()
+    assert env["PATH"] == os.environ["PATH"]
+
+
+# --- building -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str]:
+    return uv_environment(sys.executable, dict(os.environ))
+
+
+@pytest.fixture(scope="module")
+def uv(env: dict[str, str]) -> str:
+    return build.find_uv(env)
+
+
+def make(folder: Path, lock: str, uv: str, env: dict[str, str]) -> str:
+    """Build the environment `tiny` of a lock in a folder of its own."""
+    (folder / f"{TINY}.txt").write_text(lock)
+    return build.build(TINY, uv, env, locks=folder, envs=folder / "envs")
+
+
+def packages(python: Path) -> str:
+    """Name and version of what an environment holds."""
+    code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    return subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_builds_what_the_lock_says_and_only_once(tmp_path: Path, uv: str, env: dict[str, str]) -> None:
+    python = tmp_path / "envs" / TINY / "bin" / "python"
+    idna, attrs = (f"{name}=={pins('base')[name]}" for name in ("idna", "attrs"))
+    assert make(tmp_path, idna, uv, env).startswith("tiny: built in")
+    assert idna in packages(python)
+    assert "pip==" in packages(python)  # Ray-built environments and people expect it
+
+    (python.parent / "mark").touch()
+    assert make(tmp_path, idna, uv, env) == "tiny: up to date"
+    assert (python.parent / "mark").exists()
+
+    assert make(tmp_path, attrs, uv, env).startswith("tiny: built in")
+    assert attrs in packages(python)
+    assert idna not in packages(python)
+    assert not (python.parent / "mark").exists()
+
+
+def test_a_wrong_pin_names_stage_and_cause_and_is_tried_again(tmp_path: Path, uv: str, env: dict[str, str]) -> None:
+    for _ in range(2):  # a half-built environment is not taken for a built one
+        with pytest.raises(SetupError) as caught:
+            make(tmp_path, "numpy==99.99", uv, env)
+        assert "environment 'tiny'" in str(caught.value)
+        assert "numpy==99.99" in str(caught.value)
+        assert "Traceback" not in str(caught.value)
+
+
+def test_an_unknown_stage_ends_in_a_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.main(["magic"]) == 1
+    shown = capsys.readouterr()
+    assert "setup failed: no lock file for stage 'magic'" in shown.err
+
+
+def test_another_python_ends_in_a_message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0))
+    assert build.main([]) == 2
+    assert "needs Python 3.11" in capsys.readouterr().out
+
+
+def test_fingerprint_follows_everything_an_environment_is_made_from(tmp_path: Path) -> None:
+    lock = tmp_path / "tiny.txt"
+    lock.write_text("torch==1")
+    before = fingerprint(lock, {"PATH": "/a"})
+    assert fingerprint(lock, {"PATH": "/b"}) == before
+    assert fingerprint(lock, {"UV_TORCH_BACKEND": "cpu"}) != before
+    assert fingerprint(lock, {"UV_TORCH_BACKEND": "cpu"}) != fingerprint(lock, {"UV_TORCH_BACKEND": "cu130"})
+    lock.write_text("torch==2")
+    assert fingerprint(lock, {"PATH": "/a"}) != before
+
+
+def test_a_base_environment_runs_the_graph_and_the_command(tmp_path: Path, uv: str, env: dict[str, str]) -> None:
+    build.build("base", uv, env, envs=tmp_path)
+    bin_folder = tmp_path / "base" / "bin"
+    code = "import graph, scangraph.handles, ray, numpy; print(ray.__version__, numpy.__version__)"
+    done = subprocess.run([str(bin_folder / "python"), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == [pins("base")["ray"], pins("base")["numpy"]], done.stderr
+    command = subprocess.run(
+        [str(bin_folder / "scangraph"), "--help"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert command.returncode == 0, command.stderr
+    assert "Usage" in command.stdout
+
+
+def test_the_builder_runs_before_anything_is_installed() -> None:
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", str(HERE / "build.py"), "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--lock" in done.stdout
+
+
+# --- the locks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_list_has_a_lock() -> None:
+    assert {path.stem for path in HERE.glob("*.in")} == set(LOCKED)
+    assert {path.stem for path in HERE.glob("*.txt")} - {"overrides"} == set(LOCKED)
+
+
+@pytest.mark.parametrize("stage", LOCKED)
+def test_locks_are_exact_and_fit_every_machine(stage: str) -> None:
+    locked = pins(stage)
+    assert all(re.fullmatch(r"[\w.!]+", version) for version in locked.values()), "a pin with a local build or a range"
+    assert not [name for name in locked if re.match(r"nvidia|cuda|triton|torchvision", name)]
+
+
+@pytest.mark.parametrize("stage", LOCKED)
+def test_locks_hold_what_is_asked_for(stage: str) -> None:
+    for line in (HERE / f"{stage}.in").read_text().splitlines():
+        name, _, version = re.sub(r"\[.*\]", "", line.partition("#")[0]).strip().lower().partition("==")
+        if name and not name.startswith("-r"):
+            assert pins(stage)[name].startswith(version)
+
+
+def test_serving_stages_are_parts_of_one_environment() -> None:
+    whole = pins("dev")
+    for stage in SERVING:
+        assert pins(stage).items() <= whole.items()
+        assert {"ray", "numpy", "pydantic"} <= pins(stage).keys()
+
+
+def test_the_old_interpreter_differs_in_numpy_alone() -> None:
+    old, new = pins("numpy1"), pins("dev")
+    assert old["numpy"].startswith("1.26.")
+    assert {name for name in old if old[name] != new[name]} == {"numpy"}

@@ -28,9 +28,8 @@ def main() -> None:
                 for name in ("first request (loads model)", "second request"):
                     start = time.monotonic()
                     summary = graph.ureter(image).step().summary
-                    print(
-                        f"{name:26} {time.monotonic() - start:6.1f} s   {summary.seconds:.1f} s in the stage, {summary.peak_mb:.0f} MB"
-                    )
+                    took = time.monotonic() - start
+                    print(f"{name:28} {took:6.1f} s   {summary.seconds:.1f} s in the stage, {summary.peak_mb:.0f} MB")
 
 
 if __name__ == "__main__":

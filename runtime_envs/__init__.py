@@ -35,7 +35,7 @@ def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
 
     Two ways to the same packages: *prebuilt* points at the interpreter that `make setup` made, which costs nothing at start;
     *ray-built* lets Ray install the lock with uv on whatever node the replica lands. Ray's default for the latter adds
-    `--no-cache`, which costs minutes at every start, hence the explicit empty options.
+    `--no-cache`, which costs minutes at every start, hence the explicit options.
 
     Raises
     ------
@@ -46,7 +46,8 @@ def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
     if settings.environments == "ray-built":
         if lock_of(stage) == "base":
             return code  # the cluster's own interpreter has it
-        return {"uv": {"packages": pins(stage), "uv_pip_install_options": []}, **code}
+        overrides = str(Path(__file__).with_name("overrides.txt"))
+        return {"uv": {"packages": pins(stage), "uv_pip_install_options": ["--override", overrides]}, **code}
     python = settings.environments_dir / lock_of(stage) / "bin" / "python"
     if not python.exists():
         raise EnvironmentMissing(stage=stage, expected=str(python))

@@ -95,4 +95,4 @@ def _lines(letter: str, whole: NDArray[np.int64], places: int = 0) -> bytes:
     text = np.empty((len(whole), 2 + 3 * len(columns)), np.uint8)
     text[:, 0], text[:, 1] = ord(letter), ord(" ")
     text[:, 2:] = columns.T.reshape(len(whole), -1)
-    return text[text != 0].tobytes()
+    return bytes(text[text != 0].data)

@@ -47,7 +47,7 @@ def phantom() -> Phantom:
     def cut(volume: Volume) -> Volume:
         array = volume.array[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
         origin = tuple(volume.index_to_world(low))
-        return replace(volume, array=array, origin_mm=origin)  # type: ignore[arg-type]
+        return replace(volume, array=array, origin_mm=origin)
 
     volumes = {name: cut(volume) for name, volume in whole.volumes.items()}
     truth = {name: cut(mask) for name, mask in whole.truth.items()}

@@ -23,6 +23,10 @@ Every error is `application/problem+json`.
 """
 
 
+#: What a request can name by a path; scenes are made, not read.
+_READABLE = frozenset({"image", "mask"})
+
+
 class Backend(Protocol):
     """What the routes need; the deployment implements it with handles, a test with anything."""
 
@@ -105,7 +109,8 @@ def build_app(components: tuple[Component, ...], backend: Callable[[], Backend],
     problems.install(app, max_body_bytes)
     app.include_router(_service_routes(backend))
     for component in components:
-        _add_component(app, component, backend)
+        if all(port.kind in _READABLE for port in component.inputs):
+            _add_component(app, component, backend)
     return app
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 from isal import isal_zlib
+from isal.igzip_lib import IsalError
 from numpy.typing import NDArray
 
 from scangraph.contracts import SCHEMES, LabelMap, Volume, check_labels, lookup_table
@@ -238,7 +239,7 @@ def _open(data: memoryview, name: str, limits: Limits) -> tuple[_Header, bytes |
     stream = isal_zlib.decompressobj(_GZIP_WBITS)
     try:
         content = stream.decompress(data, header.end + 1)
-    except isal_zlib.IsalError:
+    except IsalError:  # type: ignore[misc] # its stub forgets the base class
         raise IntegrityError(
             name=name, reason="its compressed data or checksum is wrong; it was damaged, send it again"
         ) from None
@@ -255,7 +256,7 @@ def _open(data: memoryview, name: str, limits: Limits) -> tuple[_Header, bytes |
 def _inflate_head(data: memoryview, name: str) -> bytes:
     try:
         return bytes(isal_zlib.decompressobj(_GZIP_WBITS).decompress(bytes(data[: 64 * 1024]), 540))
-    except isal_zlib.IsalError:
+    except IsalError:  # type: ignore[misc] # its stub forgets the base class
         raise IntegrityError(
             name=name, reason="its compressed data is wrong from the start; it was damaged, send it again"
         ) from None

@@ -34,13 +34,15 @@ import asyncio
 
 quiet = {"include_dashboard": False, "log_to_driver": False}
 ray.init(address="local", num_cpus=2, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[2], **quiet)
-deployment = serve.deployment(name="smoothing", ray_actor_options={"runtime_env": runtime_envs.runtime_env("smoothing", settings)})
+environment = runtime_envs.runtime_env("smoothing", settings)
+deployment = serve.deployment(name="smoothing", ray_actor_options={"runtime_env": environment})
 serve.start(logging_config={"log_level": "ERROR"})
 try:
     handle = serve.run(deployment(Smoothing).bind(), name="scangraph", route_prefix=None)
 except RuntimeError:
     state = serve.status().applications["scangraph"]
-    print("STATUS", state.status.value, "smoothing" in state.deployments, "|".join(d.message for d in state.deployments.values()))
+    messages = "|".join(d.message for d in state.deployments.values())
+    print("STATUS", state.status.value, "smoothing" in state.deployments, messages)
 else:
     mask = LabelMap(np.pad(np.full((5, 5, 5), 2, np.uint8), 3), (1, 1, 1), labels=(2,))
 

@@ -49,7 +49,8 @@ def test_the_config_is_known_to_serve_and_to_our_settings() -> None:
 DRIVER = """
 import json, os, signal, sys, time
 import ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[1])
+quiet = {"include_dashboard": False, "log_to_driver": False}
+ray.init(address="local", num_cpus=2, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[1], **quiet)
 print(json.dumps({"address": ray.get_runtime_context().gcs_address}), flush=True)
 signal.pause()
 """

@@ -201,7 +201,7 @@ def test_reads_types_and_byte_orders(order: Any, cls: Any, dtype: str) -> None:
     image.set_data_dtype(np.dtype(dtype).newbyteorder(order))
     image.set_sform(image.affine, 1)
     found = read_nifti(nibabel_bytes(image), "a.nii.gz")
-    assert found.spacing_mm == (3, 2, 1)
+    assert found.spacing_mm == pytest.approx((3, 2, 1))
     assert found.array.dtype == np.int16
     assert np.array_equal(found.array, array.transpose(2, 1, 0))
 
@@ -256,7 +256,7 @@ def test_round_trip(quaternion: Any, mirrored: bool, spacing: Any, origin: Any, 
         ]
     ) * np.array([1, 1, -1 if mirrored else 1])
     array = np.random.default_rng(seed).integers(-1024, 3071, (5, 6, 7)).astype(np.int16)
-    volume = Volume(array, spacing, origin, direction)  # type: ignore[arg-type]
+    volume = Volume(array, spacing, origin, direction)
     data = write_nifti(volume)
     found = read_nifti(data, "a.nii.gz")
     assert np.array_equal(found.array, array)
@@ -325,6 +325,7 @@ def test_the_real_ct_and_its_known_values(sample_ct: Path, sample_mask: Path) ->
     assert np.array_equal(ct.array, sitk.GetArrayFromImage(peer))
     assert np.allclose(ct.index_to_world([111, 100, 121]), peer.TransformIndexToPhysicalPoint((121, 100, 111)), atol=1e-3)
     mask = read_nifti(sample_mask.read_bytes(), "m.nii.gz", as_mask=True)
+    assert isinstance(mask, LabelMap)
     volumes = mask.volumes_ml()
     assert len(volumes) == 61
     for number, ml, ras in ((2, 192.6, (69.6, 132.1, 345.7)), (3, 137.4, (-78.1, 125.6, 357.4))):

@@ -102,7 +102,7 @@ def test_second_phase_is_put_onto_the_first_ones_grid(store: ModelStore, phantom
     a, p = phantom.volumes["arterial"], phantom.volumes["portal"]
     expected, _ = run(store, "inference/vessel", image_A=a, image_P=p)
     wider = np.pad(p.array, 3, mode="edge")
-    shifted = Volume(wider, p.spacing_mm, tuple(p.index_to_world([-3, -3, -3])), p.direction)  # type: ignore[arg-type]
+    shifted = Volume(wider, p.spacing_mm, tuple(p.index_to_world([-3, -3, -3])), p.direction)
     found, _ = run(store, "inference/vessel", image_A=a, image_P=shifted)
     assert found.same_grid(a)
     assert found.counts().keys() == {204, 205}

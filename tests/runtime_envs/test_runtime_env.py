@@ -33,6 +33,7 @@ def test_prebuilt_points_at_the_interpreter(stage: str, environment: str, tmp_pa
 def test_ray_built_installs_the_lock_and_keeps_the_cache(tmp_path: Path) -> None:
     settings = load_settings(environments="ray-built", environments_dir=tmp_path)
     made = runtime_env("nnunet", settings)
-    assert made == {"uv": {"packages": pins("nnunet"), "uv_pip_install_options": []}, **CODE}
+    options = ["--override", str(HOME / "runtime_envs/overrides.txt")]  # and none that would forget the cache
+    assert made == {"uv": {"packages": pins("nnunet"), "uv_pip_install_options": options}, **CODE}
     assert [pin for pin in made["uv"]["packages"] if pin.startswith("torch==")]
     assert runtime_env("gateway", settings) == CODE

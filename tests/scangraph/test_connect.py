@@ -13,7 +13,7 @@ import pytest
 
 import scangraph
 from scangraph.contracts import LabelMap, Progress, merge_label_maps
-from scangraph.contracts.errors import InvalidParameters, NotRunning, UnknownComponent
+from scangraph.contracts.errors import InvalidParameters, NotRunning, ScanGraphError, UnknownComponent
 from scangraph.demo import dice
 from scangraph.handles import Connection, connect
 from scangraph.phantoms import Phantom
@@ -62,7 +62,7 @@ def test_errors_come_as_themselves(graph: Connection) -> None:
         graph.run("inference/vessel", {"image_A": constant_volume(0)})
     with pytest.raises(InvalidParameters, match="surprise"):
         graph.tumor(constant_volume(0), surprise=1)
-    with pytest.raises(scangraph.handles.ScanGraphError, match="overlap"):
+    with pytest.raises(ScanGraphError, match="overlap"):
         graph.vessel(constant_volume(0), constant_volume(0, origin_mm=(500, 0, 0))).result()
 
 
@@ -71,7 +71,7 @@ def test_files_pass_the_gate(graph: Connection, phantom: Phantom, tmp_path: Path
     path.write_bytes(graph.encode(phantom.truth["organs"]))
     assert np.array_equal(graph.read_mask(path).array, phantom.truth["organs"].array)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(scangraph.handles.ScanGraphError, match=r"mask\.nii\.gz"):
+    with pytest.raises(ScanGraphError, match=r"mask\.nii\.gz"):
         graph.read(path)
 
 

@@ -34,7 +34,7 @@ def test_nonsense_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_are_frozen_and_all_described() -> None:
     settings = load_settings()
     with pytest.raises(ValidationError):
-        settings.port = 1
+        settings.port = 1  # type: ignore[misc]
     rows = describe_settings(settings)
     assert all(meaning for _, _, meaning in rows)
     assert "SCANGRAPH_SMOOTHING__MAX_REPLICAS" in {name for name, _, _ in rows}

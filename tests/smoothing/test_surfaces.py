@@ -19,7 +19,7 @@ def sphere(radius_mm: float, spacing: tuple[float, float, float] = SPACING) -> t
     """A sphere off the grid's centre, and its centre in LPS mm."""
     shape = tuple(int(2 * (radius_mm + 4) / s) for s in spacing)
     centre = np.array([n / 2 + 0.3 for n in shape])
-    grid = np.stack(np.mgrid[tuple(slice(n) for n in shape)], axis=-1)
+    grid = np.moveaxis(np.indices(shape), 0, -1)
     distance = np.linalg.norm((grid - centre) * spacing, axis=-1)
     mask = LabelMap((distance < radius_mm).astype(np.uint8) * 2, spacing, (7.0, -8.0, 9.0), labels=(2,))
     return mask, mask.index_to_world(centre)

@@ -227,7 +227,7 @@ def run(
     data: Data = None,
 ) -> None:
     """Run one component on local files and write its outputs."""
-    settings = _settings(data)
+    settings, parameters = _settings(data), _parse_parameters(parameter or [])
     with _graph(settings) as graph:
         if component not in graph.components:
             raise UnknownComponent(component=component, known=", ".join(graph.components))
@@ -245,7 +245,7 @@ def run(
             loaded = [read(path) for path in files[port.name]]
             values[port.name] = loaded if port.many else loaded[0]
         with _Bars() as show:
-            call = graph.run(component, values, on_progress=lambda p: show(component, p), **_parse_parameters(parameter or []))
+            call = graph.run(component, values, on_progress=lambda p: show(component, p), **parameters)
             summary: StepSummary = call.step().summary
         out_dir.mkdir(parents=True, exist_ok=True)
         for path in _write_outputs(graph, declared, call, out_dir):

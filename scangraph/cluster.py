@@ -91,7 +91,6 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
                 configure_logging=False,
                 logging_level=logging.ERROR,
                 _temp_dir=str(temporary),
-                _node_ip_address="127.0.0.1",
             )
             settings = with_gpu_share(settings.model_copy(update={"port": port}))
             options = HTTPOptions(host=settings.host, port=port) if http else HTTPOptions(location=ProxyLocation.Disabled)

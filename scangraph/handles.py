@@ -24,7 +24,7 @@ from typing import Any, Generic, Self, TypeVar, cast
 import pydantic
 import ray
 from ray import serve
-from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -429,12 +429,14 @@ def connect(data: str | Path | None = None, *, address: str | None = None) -> Co
 
 
 def use_token(data: Path) -> None:
-    """Let Ray take its token from a data folder.
+    """Let Ray take its token from a data folder, and require it.
 
-    Ray would make one that every user of the machine may read. The mode is left to Ray, which switches the token on where
-    there is one: it reads the mode when it is imported, and a mode that is set later confuses it.
+    Ray by itself would make one that every user of the machine may read. It reads the mode when it is imported, so a mode that
+    is set later must be read again, as Ray does where it switches the token on itself.
     """
+    os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(data / TOKEN_FILE)
+    Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
 
 

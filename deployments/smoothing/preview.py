@@ -146,9 +146,8 @@ def _opacities(names: Sequence[str]) -> NDArray[np.float64]:
     """How much of the light each structure stops, 0 to 1: less where there is something to be seen behind it."""
     if not any(re.fullmatch(_INNER, name) for name in names):
         return np.ones(len(names))
-    rules = _OPACITY
-    if any(re.fullmatch(_IN_KIDNEYS, name) for name in names):
-        rules = (*rules, (_KIDNEY, _KIDNEY_OPACITY))
+    filled = any(re.fullmatch(_IN_KIDNEYS, name) for name in names)
+    rules = (*_OPACITY, (_KIDNEY, _KIDNEY_OPACITY if filled else 1.0))
     return np.array([next((opacity for rule, opacity in rules if re.fullmatch(rule, name)), 1.0) for name in names])
 
 

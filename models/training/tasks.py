@@ -55,6 +55,10 @@ class Task:
         Training steps.
     optimizer : "sgd" or "adamw"
         nnU-Net's own SGD, or AdamW where that does not get going in so few steps.
+    batch : int
+        Patches a step.
+    foreground : float
+        Part of them that is centred on a random label of the case instead of anywhere.
     """
 
     number: int
@@ -67,6 +71,8 @@ class Task:
     features: tuple[int, ...]
     iterations: int
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    batch: int = 2
+    foreground: float = 0.33
 
     @property
     def dataset(self) -> str:
@@ -118,8 +124,10 @@ TASKS: dict[str, Task] = {
         spacing_mm=(2.5, 2.5, 2.5),
         patch=(64, 64, 64),
         features=(8, 16, 32, 64),
-        iterations=900,
+        iterations=1500,
         optimizer="adamw",
+        batch=3,
+        foreground=0.66,
     ),
     "totalseg": Task(
         901,

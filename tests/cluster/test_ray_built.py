@@ -33,7 +33,7 @@ from scangraph.handles import run_step
 import asyncio
 
 quiet = {"include_dashboard": False, "log_to_driver": False}
-ray.init(address="local", num_cpus=2, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[2], **quiet)
+ray.init(address="local", num_cpus=2, _temp_dir=sys.argv[2], **quiet)
 environment = runtime_envs.runtime_env("smoothing", settings)
 deployment = serve.deployment(name="smoothing", ray_actor_options={"runtime_env": environment})
 serve.start(logging_config={"log_level": "ERROR"})

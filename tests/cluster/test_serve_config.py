@@ -50,7 +50,7 @@ DRIVER = """
 import json, os, signal, sys, time
 import ray
 quiet = {"include_dashboard": False, "log_to_driver": False}
-ray.init(address="local", num_cpus=2, _node_ip_address="127.0.0.1", _temp_dir=sys.argv[1], **quiet)
+ray.init(address="local", num_cpus=2, _temp_dir=sys.argv[1], **quiet)
 print(json.dumps({"address": ray.get_runtime_context().gcs_address}), flush=True)
 signal.pause()
 """

@@ -70,6 +70,7 @@ def test_openapi_describes_every_component(client: httpx.Client) -> None:
     vessel = document["paths"]["/inference/vessel"]["post"]
     assert "portal" in vessel["description"]
     assert "application/problem+json" in vessel["responses"]["422"]["content"]
+    assert "/smoothing/preview" not in document["paths"]  # takes a scene, which no path can name
     assert client.get("/docs").status_code == 200
 
 

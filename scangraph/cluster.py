@@ -102,8 +102,9 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
         yield Service(url, settings, time.monotonic() - start)
     finally:
         service_file.unlink(missing_ok=True)
-        with contextlib.suppress(Exception):  # a Ray that died on its own has nothing left to shut down
-            serve.shutdown()
+        with contextlib.suppress(Exception):  # a Ray that died on its own has nothing left to take down
+            # Replicas finish what they do. `serve.shutdown()` would also kill the controller, and Ray complains of its death.
+            serve.delete(APPLICATION)
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -22,6 +22,7 @@ from scangraph.phantoms import DEMO_SEED, make_phantom
 
 #: Step name in the report and on the screen -> file of its mask.
 MASKS = ("organs", "vessels", "ureters", "tumor")
+_NAMED_TWICE = frozenset({"kidney", "aorta", "inferior_vena_cava"})
 StepProgress = Callable[[str, Progress], None]
 
 
@@ -98,8 +99,10 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
         "ureters": graph.ureter(delayed, on_progress=watch("ureters")),
         "tumor": graph.tumor(portal, on_progress=watch("tumor")),
     }
-    # The last one wins: vessels and ureters lie over organs, the tumor over everything.
-    calls["merged"] = graph.merge([calls[name] for name in MASKS], on_progress=watch("merged"))
+    # The last one wins: vessels and ureters lie over organs, the tumor over everything. What two models name differently is taken
+    # once: the kidneys by side from the organs, aorta and vena cava as artery and vein.
+    once = [number for number, label in label_table().items() if label.name not in _NAMED_TWICE]
+    calls["merged"] = graph.merge([calls[name] for name in MASKS], structures=once, on_progress=watch("merged"))
     calls["scene"] = graph.smooth(calls["merged"], on_progress=watch("scene"))
     calls["preview"] = graph.preview(
         portal, calls["merged"], calls["scene"], title=f"scangraph · {patient.name}", on_progress=watch("preview")

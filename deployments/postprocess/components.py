@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from scangraph.contracts import Component, Port
+
+
+class MergeParameters(BaseModel):
+    """Parameters of `postprocess/merge`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    structures: tuple[int, ...] | None = Field(None, description="label numbers to take from the masks; unset: all")
+
 
 MERGE = Component(
     id="postprocess/merge",
@@ -12,6 +23,7 @@ MERGE = Component(
     deployment="postprocess",
     inputs=(Port(name="masks", kind="mask", many=True, description="masks of one patient, the most important last"),),
     outputs=(Port(name="mask", kind="mask", description="all of them in one"),),
+    parameters=MergeParameters,
     constraints=("Masks on another grid than the first are looked up by nearest neighbour.",),
 )
 

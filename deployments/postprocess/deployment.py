@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deployments.postprocess.components import MERGE
-from scangraph.contracts import NoParameters, merge_label_maps
+from deployments.postprocess.components import MERGE, MergeParameters
+from scangraph.contracts import merge_label_maps
 from scangraph.stage import Report, Stage, StepOutput
 
 
@@ -17,10 +17,10 @@ class Postprocess(Stage):
         super().__init__({MERGE: _merge})
 
 
-def _merge(inputs: Mapping[str, Any], parameters: NoParameters, report: Report) -> StepOutput:  # noqa: ARG001 - the signature of every operation
+def _merge(inputs: Mapping[str, Any], parameters: MergeParameters, report: Report) -> StepOutput:
     masks = inputs["masks"]
     report(0, len(masks), "merging")
-    merged = merge_label_maps(masks)
+    merged = merge_label_maps(masks, only=parameters.structures)
     grids = sum(not mask.same_grid(masks[0]) for mask in masks)
     warnings = (f"{grids} of {len(masks)} masks lay on another grid than the first.",) if grids else ()
     return StepOutput((merged,), warnings, {"volumes_ml": {str(k): round(v, 3) for k, v in merged.volumes_ml().items()}})

@@ -98,7 +98,7 @@ def _small(planned: dict[str, Any], task: Task) -> dict[str, Any]:
     return {
         **planned,
         "data_identifier": f"{PLANS}_{CONFIGURATION}",
-        "batch_size": task.batch,
+        "batch_size": 2,
         "patch_size": list(task.patch),
         # Many patches hold none of a thin or small structure; Dice over the batch keeps their gradient meaningful.
         "batch_dice": True,
@@ -120,7 +120,6 @@ def train(task: Task, plans: dict[str, Any], device: str, iterations: int) -> De
     np.random.seed(task.number)  # noqa: NPY002
     trainer = DemoTrainer({**plans, "continue_training": False}, CONFIGURATION, 0, dataset, torch.device(device))
     trainer.optimizer_name = task.optimizer
-    trainer.oversample_foreground_percent = task.foreground
     trainer.num_iterations_per_epoch = min(STEPS_PER_EPOCH, iterations)
     trainer.num_val_iterations_per_epoch = 4
     trainer.num_epochs = max(1, iterations // STEPS_PER_EPOCH)

@@ -296,19 +296,23 @@ class LabelMap(Volume):
         return LabelMap(out, target.spacing_mm, target.origin_mm, target.direction, self.labels)
 
 
-def merge_label_maps(maps: Iterable[LabelMap]) -> LabelMap:
-    """Paint masks over each other on the first one's grid; where several name a voxel, the last one wins."""
+def merge_label_maps(maps: Iterable[LabelMap], only: Iterable[int] | None = None) -> LabelMap:
+    """Paint masks over each other on the first one's grid; where several name a voxel, the last one wins.
+
+    With `only`, the numbers that are not in it are not painted.
+    """
     iterator: Iterator[LabelMap] = iter(maps)
     try:
         first = next(iterator)
     except StopIteration:
         raise InvalidVolume(detail="nothing to merge: give at least one mask") from None
-    merged, labels = first.array.copy(), set(first.labels)
-    for label_map in iterator:
+    wanted = None if only is None else sorted(set(only))
+    merged, labels = np.zeros_like(first.array), set[int]()
+    for label_map in itertools.chain([first], iterator):
         array = label_map.on_grid_of(first).array
         merged = merged.astype(np.promote_types(merged.dtype, array.dtype), copy=False)
-        np.copyto(merged, array, where=array != 0)
-        labels |= set(label_map.labels)
+        np.copyto(merged, array, where=array != 0 if wanted is None else np.isin(array, wanted) & (array != 0))
+        labels |= set(label_map.labels if wanted is None else set(label_map.labels) & set(wanted))
     return LabelMap(merged, first.spacing_mm, first.origin_mm, first.direction, tuple(labels))
 
 

@@ -158,3 +158,12 @@ def test_merge_of_nothing_is_refused() -> None:
 
 def test_masks_hold_every_number_of_a_byte() -> None:
     assert mask(counting((4, 8, 8), "u1")).counts() == dict.fromkeys(range(1, 256), 1)
+
+
+def test_merging_takes_only_what_is_wanted() -> None:
+    grid = {"spacing_mm": (1.0, 1.0, 1.0)}
+    first = LabelMap(np.array([[[2, 2, 5, 0]]], np.uint8), labels=(2, 5), **grid)  # type: ignore[arg-type]
+    second = LabelMap(np.array([[[201, 0, 202, 201]]], np.uint8), labels=(201, 202), **grid)  # type: ignore[arg-type]
+    merged = merge_label_maps([first, second], only=[2, 202])
+    assert merged.array.ravel().tolist() == [2, 2, 202, 0]
+    assert merged.labels == (2, 202)

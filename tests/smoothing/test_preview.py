@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
@@ -152,6 +153,41 @@ def test_grids_orientations_and_channels_do_not_matter(ball: LabelMap, monkeypat
         scene,
     )
     assert (pixels(first) == pixels(second)).all()
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "SLA"])
+def test_slices_are_in_radiological_convention(codes: str) -> None:
+    """Bright towards the patient's left, back and head, however the file is stored."""
+    z, y, x = np.mgrid[:10, :20, :30]
+    image = Volume((x + 30 * y + 600 * z).astype(np.float32) / 600, (3, 1.3, 0.8)).reoriented(codes)
+    figure = Figure(figsize=(16, 9), dpi=100)
+    preview._draw_slices(figure, image, LabelMap(np.zeros(image.shape, np.uint8), image.spacing_mm))
+    for axes, name, around, brighter in zip(
+        figure.axes,
+        ("axial", "coronal", "sagittal"),
+        ("APRL", "SIRL", "SIAP"),
+        (("bottom", "right"), ("top", "right"), ("top", "right")),
+        strict=True,
+    ):
+        texts = {text.get_text(): text.get_position() for text in axes.texts}
+        assert name in texts
+        top, bottom, left, right = (texts[letter] for letter in around)
+        assert top[1] > 0.9
+        assert bottom[1] < 0.1
+        assert left[0] < 0.1
+        assert right[0] > 0.9
+        pixels = np.asarray(axes.images[0].get_array())
+        assert ("bottom" if pixels[-1].mean() > pixels[0].mean() else "top") == brighter[0]
+        assert ("right" if pixels[:, -1].mean() > pixels[:, 0].mean() else "left") == brighter[1]
+        # Millimetres, undistorted: the picture's own size, and as wide for its height as the box.
+        left_mm, right_mm, bottom_mm, top_mm = axes.images[0].get_extent()
+        rows_mm, columns_mm = {"axial": (26, 24), "coronal": (30, 24), "sagittal": (30, 26)}[name]
+        assert (right_mm - left_mm, bottom_mm - top_mm) == pytest.approx((columns_mm, rows_mm))
+        place = axes.get_position(original=True)
+        across, down = np.ptp(axes.get_xlim()), np.ptp(axes.get_ylim())
+        assert across / down == pytest.approx(place.width * 16 / (place.height * 9), rel=1e-3)
+        assert across >= columns_mm
+        assert down >= rows_mm
 
 
 def test_slices_go_through_the_tumor() -> None:

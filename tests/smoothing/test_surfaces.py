@@ -188,6 +188,14 @@ def test_hard_masks_are_watertight(smoothing: float) -> None:
     assert any(w.startswith("spleen: the surface has") for w in warnings)  # a voxel's octahedron is a sixth of it
 
 
+def test_a_few_voxels_do_not_shrink_away() -> None:
+    for size in ((3, 1, 1), (2, 2, 1), (2, 2, 2)):
+        array = np.zeros((8, 8, 8), np.uint8)
+        array[tuple(slice(3, 3 + n) for n in size)] = 202
+        mask = LabelMap(array, (1.0, 1.0, 1.0), labels=(202,))
+        assert only(mask).volume_ml == pytest.approx(mask.volumes_ml()[202], rel=0.05)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 def test_noise_is_watertight(dtype: type[np.unsignedinteger]) -> None:
     """Every way in which voxels of three labels can touch, many times."""

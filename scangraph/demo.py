@@ -99,8 +99,8 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
         "ureters": graph.ureter(delayed, on_progress=watch("ureters")),
         "tumor": graph.tumor(portal, on_progress=watch("tumor")),
     }
-    # The last one wins: vessels and ureters lie over organs, the tumor over everything. What two models name differently is taken
-    # once: the kidneys by side from the organs, aorta and vena cava as artery and vein.
+    # The last one wins: vessels and ureters lie over organs, the tumor over everything. What two models name differently is
+    # taken once: the kidneys by side from the organs, aorta and vena cava as artery and vein.
     once = [number for number, label in label_table().items() if label.name not in _NAMED_TWICE]
     calls["merged"] = graph.merge([calls[name] for name in MASKS], structures=once, on_progress=watch("merged"))
     calls["scene"] = graph.smooth(calls["merged"], on_progress=watch("scene"))

@@ -33,7 +33,7 @@ def test_shipped_models_are_whole_say_what_they_are_and_reach_their_marks() -> N
     for model in found.values():
         models.verify_files(model)
         assert model.manifest.demo
-        assert "synthetic" in model.manifest.training_data
+        assert "Synthetic phantoms" in model.manifest.training_data
         assert "real patient" in model.warnings[0]
         assert model.manifest.metrics["cases"] == 10
     least = {"inference/totalseg": 0.90, "inference/vessel": 0.80, "inference/ureter": 0.75}

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deployments.imageio.nifti import Limits, read_nifti, write_nifti
@@ -157,8 +157,11 @@ def test_refuses(case: str) -> None:
 
 def test_every_cut_is_refused() -> None:
     for length in range(len(GOOD)):
-        with pytest.raises(errors.ScanGraphError):
+        with pytest.raises(errors.Truncated if length else errors.EmptyFile):
             read_nifti(GOOD[:length], "a.nii.gz")
+    for length in range(4, len(INNER)):
+        with pytest.raises(errors.Truncated):
+            read_nifti(INNER[:length], "a.nii")
 
 
 def test_no_flipped_bit_gives_another_image() -> None:
@@ -175,6 +178,22 @@ def test_no_flipped_bit_gives_another_image() -> None:
             assert found.same_grid(expected)
             assert np.array_equal(found.array, expected.array)
     assert refused > 0.8 * 8 * len(GOOD)
+
+
+def test_damage_is_called_damage() -> None:
+    """Stored, not compressed: every flip reaches the header as it is, and would be another geometry, size or type."""
+    stored = gzip.compress(INNER, 0)
+    start = stored.index(INNER[:100])
+    codes = []
+    for at in range(start, start + len(INNER)):
+        damaged = bytearray(stored)
+        damaged[at] ^= 1
+        with pytest.raises(errors.ImageFileError) as caught:
+            read_nifti(bytes(damaged), "a.nii.gz")
+        codes.append(caught.value.code)
+    # A size that grew past a limit, or shrank below what follows, is refused before all is inflated.
+    assert set(codes) <= {"integrity", "too-many-voxels", "inflated-too-large"}
+    assert codes.count("integrity") >= len(codes) - 12
 
 
 def test_limits_are_settings() -> None:
@@ -281,6 +300,179 @@ def test_all_48_orientations(codes: str, tmp_path: Path) -> None:
     last = [n - 1 for n in volume.shape]
     assert np.allclose(image.TransformIndexToPhysicalPoint(last[::-1]), volume.index_to_world(last), atol=1e-4)
     assert np.array_equal(sitk.GetArrayFromImage(image), volume.array)
+
+
+def tilted(degrees_xyz: tuple[float, float, float]) -> Any:
+    """Direction cosines of a grid turned about x, then y, then z."""
+    turned = np.eye(3)
+    for axis, degrees in enumerate(degrees_xyz):
+        c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+        i, j = [(1, 2), (0, 2), (0, 1)][axis]
+        turn = np.eye(3)
+        turn[[i, i, j, j], [i, j, i, j]] = c, -s, s, c
+        turned = turn @ turned
+    return turned
+
+
+@pytest.mark.parametrize("tilt", [(0, 0, 0), (30, 0, 0), (12, -7, 55), (0, 0, 0.03), (90, 0, 45), (179.98, 0.01, 0)])
+@pytest.mark.parametrize("handed", [1, -1])
+def test_the_far_corner_of_a_real_ct(tilt: Any, handed: int, tmp_path: Path) -> None:
+    direction = tilted(tilt) * [1, 1, handed]
+    volume = Volume(np.zeros((300, 512, 512), np.uint8), (1.25, 0.7421875, 0.7421875), (-187.3, -312.9, 412.7), direction)
+    data = write_nifti(volume, level=1)
+    corner = [299, 511, 511]
+    expected = volume.index_to_world(corner)
+    found = read_nifti(data, "a.nii.gz")
+    assert np.abs(found.index_to_world(corner) - expected).max() < 1e-4
+    header = nib.Nifti1Header.from_fileobj(io.BytesIO(gzip.GzipFile(fileobj=io.BytesIO(data)).read(352)))
+    assert (header["qform_code"], header["sform_code"]) == (1, 1)
+    assert np.abs(header.get_sform() @ [511, 511, 299, 1] - [*(expected * [-1, -1, 1]), 1]).max() < 1e-4
+    # 32-bit quaternions are no better near half-turns: facts of the format, not of this writer.
+    assert np.abs(header.get_qform() @ [511, 511, 299, 1] - [*(expected * [-1, -1, 1]), 1]).max() < 0.5
+
+
+@settings(max_examples=60, deadline=None)
+@example(tilt=(0.0, 0.0, 0.036), origin=(0.0, 0.0, 0.0))
+@given(tilt=st.tuples(*[st.floats(-0.1, 0.1)] * 3), origin=st.tuples(*[st.floats(-500, 500)] * 3))
+def test_almost_straight_files_of_simpleitk_pass(tmp_path_factory: Any, tilt: Any, origin: Any) -> None:
+    """Near LPS, a half-turn in NIfTI's RAS, quaternions lose up to 6e-4 rad, 0.5 mm here: not an ambiguity."""
+    image = sitk.GetImageFromArray(np.zeros((10, 10, 10), np.int16))
+    image.SetSpacing((80.0, 80.0, 80.0))
+    image.SetOrigin(origin)
+    image.SetDirection(tilted(tilt).ravel().tolist())
+    path = tmp_path_factory.mktemp("tilt") / "a.nii.gz"
+    sitk.WriteImage(image, str(path))
+    found = read_nifti(path.read_bytes(), path.name)
+    corner = image.TransformIndexToPhysicalPoint((9, 9, 9))
+    assert np.abs(found.index_to_world([9, 9, 9]) - corner).max() < 1e-3
+
+
+@pytest.mark.parametrize("left_out", ["qform_code", "sform_code"])
+@pytest.mark.parametrize("handed", [1, -1])
+def test_one_geometry_is_enough(left_out: str, handed: int, tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = tilted((20, -35, 50)) * [1, 1, handed] * [0.8, 0.9, 2.5]
+    affine[:3, 3] = -120, 44, 310
+    image = nib.Nifti1Image(np.arange(60, dtype=np.int16).reshape(3, 4, 5), affine)
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    image.header[left_out] = 0
+    path = tmp_path / "a.nii.gz"
+    path.write_bytes(nibabel_bytes(image))
+    found = read_nifti(path.read_bytes(), path.name)
+    assert np.abs(found.affine_ras - affine).max() < 2e-5
+    peer = sitk.ReadImage(str(path))
+    assert np.abs(found.index_to_world([4, 3, 2]) - peer.TransformIndexToPhysicalPoint((2, 3, 4))).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("edit", "kind", "says"),
+    [
+        (lambda h: h["srow_x"].__setitem__(3, h["srow_x"][3] + 0.5), errors.AmbiguousGeometry, "0.5 mm apart"),
+        (lambda h: h.__setitem__("quatern_d", 0.999), errors.AmbiguousGeometry, "apart"),
+        (lambda h: h["pixdim"].__setitem__(0, -h["pixdim"][0]), errors.AmbiguousGeometry, "apart"),
+        (lambda h: h["pixdim"].__setitem__(0, np.nan), errors.InvalidGeometry, "quaternion"),
+        (lambda h: h["pixdim"].__setitem__(3, 2.1), errors.AmbiguousGeometry, "two voxel sizes"),
+        (lambda h: h.__setitem__("qoffset_x", np.nan), errors.InvalidGeometry, "not finite"),
+        (lambda h: h.__setitem__("qoffset_x", 1e30), errors.InvalidGeometry, "not finite"),
+        (lambda h: h.__setitem__("xyzt_units", 5), errors.InvalidHeader, "unit 5"),
+        (lambda h: h.__setitem__("magic", b"n+2"), errors.InvalidHeader, "magic"),
+        (lambda h: h.__setitem__("scl_inter", np.inf), errors.InvalidIntensity, "shifted by inf"),
+        (lambda h: h.__setitem__("scl_inter", 32700), errors.InvalidIntensity, "to 32799"),
+        (lambda h: h.__setitem__("vox_offset", 1e30), errors.InvalidHeader, "begin at byte 1e"),
+        (lambda h: h.__setitem__("vox_offset", 352.5), errors.InvalidHeader, "begin at byte 352.5"),
+    ],
+)
+def test_refuses_and_says_why(edit: Callable[[Any], Any], kind: type[errors.ImageFileError], says: str) -> None:
+    with pytest.raises(kind, match=says) as caught:
+        read_nifti(make(edit), "a.nii.gz")
+    assert type(caught.value) is kind
+
+
+def test_a_quaternion_may_be_rounded() -> None:
+    """b² + c² + d² a little above 1, as 32 bits leave it, is a half-turn."""
+    edited = make(setter(sform_code=0, quatern_d=np.nextafter(np.float32(1), np.float32(2))))
+    assert read_nifti(edited, "a.nii.gz").same_grid(read_nifti(GOOD, "a.nii.gz"), 1e-5)
+
+
+@pytest.mark.parametrize("length", [1.0008, 0.9992])
+def test_a_direction_a_little_off_unit_length_can_be_read_back(length: float) -> None:
+    direction = ((1.0, 5e-4, 0.0), (0.0, length, 0.0), (0.0, 0.0, 1.0 / length))
+    volume = Volume(np.zeros((200, 200, 200), np.uint8), (1, 1, 1), (0, 0, 0), direction)
+    found = read_nifti(write_nifti(volume), "a.nii.gz")
+    assert np.abs(found.index_to_world([199] * 3) - volume.index_to_world([199] * 3)).max() < 1e-4
+
+
+def test_inflated_voxels_are_not_copied() -> None:
+    found = read_nifti(GOOD, "a.nii.gz").array
+    assert found.base is not None
+    assert not found.flags.writeable
+    plain = read_nifti(INNER, "a.nii").array
+    assert np.shares_memory(plain, np.frombuffer(INNER, np.uint8))
+
+
+@pytest.mark.parametrize("odd", [352, 353, 355, 368])
+def test_extensions_are_skipped(odd: int) -> None:
+    raw = bytearray(INNER)
+    raw[108:112] = np.float32(odd).tobytes()
+    raw[352:352] = SECRET.ljust(odd - 352, b"x")[: odd - 352]
+    found = read_nifti(gzip.compress(bytes(raw)), "a.nii.gz")
+    assert np.array_equal(found.array, read_nifti(GOOD, "a.nii.gz").array)
+    assert found.array.flags.aligned
+
+
+@pytest.mark.parametrize("data", [GOOD, None])
+def test_threads_change_nothing(data: bytes | None) -> None:
+    volume = Volume(np.random.default_rng(2).integers(-1000, 1000, (40, 200, 200)).astype(np.int16), (1, 1, 1))
+    assert write_nifti(volume, threads=1) == write_nifti(volume, threads=3)
+    data = data or write_nifti(volume)
+    one, three = (read_nifti(data, "a.nii.gz", threads=n).array for n in (1, 3))
+    assert np.array_equal(one, three)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("f2", "f4"), ("?", "i2"), (">i2", "i2"), (">f4", "f4"), ("i8", "i2"), ("u4", "i2"), ("f8", "f4")]
+)
+def test_writes_any_number(dtype: str, expected: str) -> None:
+    array = (np.arange(24).reshape(2, 3, 4) % 2 / (2 if expected == "f4" else 1)).astype(dtype)
+    found = read_nifti(write_nifti(Volume(array, (1, 1, 1))), "a.nii.gz").array
+    assert found.dtype == expected
+    assert np.array_equal(found, array)
+
+
+def test_a_writer_refuses_what_is_no_number() -> None:
+    with pytest.raises(errors.UnsupportedPixelType, match="longdouble|float128"):
+        write_nifti(Volume(np.zeros((2, 2, 2), np.longdouble), (1, 1, 1)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.lists(st.sampled_from([*range(118), *range(201, 209)]), min_size=1, max_size=9),
+    shape=st.tuples(*[st.integers(1, 9)] * 3),
+    dtype=st.sampled_from(["u1", "u2", "i2", "f4", ">i4"]),
+    seed=st.integers(0, 99),
+)
+def test_labels_are_the_numbers_that_occur(numbers: list[int], shape: Any, dtype: str, seed: int) -> None:
+    array = np.random.default_rng(seed).choice(np.array(numbers), shape).astype(dtype)
+    found = read_nifti(write_nifti(Volume(array, (1, 1, 1))), "m.nii.gz", as_mask=True)
+    assert isinstance(found, LabelMap)
+    assert found.labels == tuple(n for n in np.unique(array).tolist() if n)
+    assert found.array.dtype == np.uint8
+    assert np.array_equal(found.array, array)
+
+
+def test_rare_labels_are_found() -> None:
+    array = np.zeros((2, 64, 64), np.uint8)
+    array[1, 40:50] = 7
+    array[1, 63, 60:] = 52, 3, 201, 63
+    found = read_nifti(write_nifti(Volume(array, (1, 1, 1))), "m.nii.gz", as_mask=True)
+    assert isinstance(found, LabelMap)
+    assert found.labels == (3, 7, 52, 63, 201)
+
+
+def test_schemes_have_names() -> None:
+    with pytest.raises(errors.InvalidParameters, match="'amos' is not one of kits"):
+        read_nifti(GOOD, "m.nii.gz", as_mask=True, scheme="amos")
 
 
 def test_masks(ball: LabelMap) -> None:

@@ -112,8 +112,7 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app, self._limit = app, max_body_bytes
 
-    # ASGI's own signature.
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - ASGI's own signature
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -55,15 +55,15 @@ def build_app(settings: Settings) -> Application:
         return deployment(cls).bind(*arguments)
 
     stages = {
-        "imageio": stage(Imageio, "imageio", s.imageio, s.imageio, s.storage_root),
+        "imageio": stage(Imageio, "imageio", s.imageio, s.imageio, s.storage, s.storage_options),
         "nnunet": stage(Nnunet, "nnunet", s.nnunet, s.nnunet, s.model_folders, num_gpus=s.nnunet.num_gpus or 0),
         "postprocess": stage(Postprocess, "postprocess", s.postprocess),
         "smoothing": stage(Smoothing, "smoothing", s.smoothing),
     }
-    executor = control(Executor, "executor", s.executor, s.storage_root, COMPONENTS, stages)
-    gateway = build_gateway(COMPONENTS, s.gateway.max_body_bytes)
+    executor = control(Executor, "executor", s, COMPONENTS, stages)
+    gateway = build_gateway(COMPONENTS, s.gateway)
     replicas = {"min_replicas": s.gateway.min_replicas, "max_replicas": s.gateway.max_replicas}
-    return control(gateway, "gateway", COMPONENTS, executor, s.model_folders, autoscaling_config=replicas)
+    return control(gateway, "gateway", s, COMPONENTS, executor, stages["imageio"], autoscaling_config=replicas)
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -1,51 +1,87 @@
-"""The command `scangraph`."""
+"""The command `scangraph`: what works on a server, and where a server's packages are installed, what works on this machine."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from scangraph.contracts import Component, StepSummary, Volume, label_table
-from scangraph.contracts import Progress as StepProgress
-from scangraph.contracts.errors import InvalidParameters, NotRunning, ScanGraphError, UnknownComponent, UsageError
-from scangraph.models import (
-    ModelInput,
-    ModelManifest,
-    ModelNetwork,
-    install_model,
-    installed_models,
-    invalid_models,
-)
-from scangraph.settings import Settings, describe_settings, load_settings
+from scangraph import remote_cli
+from scangraph.contracts.errors import ScanGraphError, UsageError
+from scangraph.remote_cli import Server
+from scangraph.terminal import complain, err
+
+_SERVER_PACKAGES = "pip install 'scangraph[server]'"
+
+
+def _local_commands() -> Any:
+    """Return the module of what works on this machine, None on one that is only a client."""
+    try:
+        return importlib.import_module("scangraph.local_cli")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "scangraph":
+            raise
+        return None
+
+
+_local = _local_commands()
 
 app = typer.Typer(
     help="CT scans in, label masks and surgical 3-D scenes out. Research use only.",
+    epilog=None if _local else f"A service of your own needs more packages: {_SERVER_PACKAGES}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-models_app = typer.Typer(help="List, check and install models.", no_args_is_help=False, invoke_without_command=True)
-app.add_typer(models_app, name="models")
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Inputs = Annotated[list[str], typer.Argument(metavar="INPUT…", help="files, in the order of the ports, or PORT=FILE")]
-OutDir = Annotated[Path, typer.Option("--out", "-o", help="folder for the results")]
-Data = Annotated[Path | None, typer.Option(help="data folder, instead of $SCANGRAPH_DATA")]
+@app.command()
+def run(
+    name: Annotated[
+        str, typer.Argument(help="a component of this machine, e.g. inference/totalseg, or a server's pipeline, e.g. organs")
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT…", help="files, in the order of the inputs, or INPUT=FILE; or folders: a batch"),
+    ],
+    server: Server = None,
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="folder for the results")] = Path(),
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", "-s", metavar="NAME=VALUE", help="a parameter, value as JSON or text; STEP.NAME=VALUE for one step"
+        ),
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="numbering of input masks, if not the label table's: kits")] = None,
+    priority: Annotated[str, typer.Option(help="on a server: high, normal or low")] = "normal",
+    batch: Annotated[bool, typer.Option("--batch", help="on a server: each file is a run of its own")] = False,
+    in_flight: Annotated[int, typer.Option(min=1, max=256, help="of a batch: runs at once")] = 4,
+    data: Annotated[Path | None, typer.Option(help="data folder, instead of $SCANGRAPH_DATA")] = None,
+) -> None:
+    """Run a component on local files, or a pipeline on a server, and write its outputs.
+
+    A component's id has a slash in it; with --server, its pipeline over there is run. In a folder each .nii or .nii.gz is one
+    run; for a pipeline with several inputs each sub-folder is, with files named after the inputs. Started again, a batch goes
+    on where it was.
+    """
+    if "/" in name and server is None:
+        if _local is None:
+            raise UsageError(detail=f"to run {name} on this machine: {_SERVER_PACKAGES}; to run it on a server say --server")
+        _local.run_component(name, inputs, out_dir, parameter or [], scheme, data)
+        return
+    wish = remote_cli.Wish(name, inputs, out_dir, parameter or [], scheme, priority, batch, in_flight)
+    remote_cli.run_pipeline(wish, server, data)
+
+
+app.registered_commands += remote_cli.app.registered_commands
+app.registered_groups += remote_cli.app.registered_groups
+if _local is not None:
+    app.registered_commands += _local.app.registered_commands
+    app.registered_groups += _local.app.registered_groups
 
 
 def main() -> None:
@@ -53,458 +89,16 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except ScanGraphError as error:
-        err.print(f"[red]{escape(error.title)}.[/red] {escape(error.detail)}")
+        complain(error.title, error.detail)
         raise SystemExit(1) from None
     except ValidationError as error:
         for fault in error.errors():
-            name = "SCANGRAPH_" + "__".join(str(part) for part in fault["loc"]).upper()
-            err.print(f"[red]Setting {name}:[/red] {escape(fault['msg'])}")
+            setting = "SCANGRAPH_" + "__".join(str(part) for part in fault["loc"]).upper()
+            complain(f"Setting {setting}", fault["msg"])
         raise SystemExit(1) from None
     except KeyboardInterrupt:
+        err.print("Interrupted.")
         raise SystemExit(130) from None
-
-
-def _settings(data: Path | None = None, **changes: Any) -> Settings:
-    given = {key: value for key, value in {"data": data, **changes}.items() if value is not None}
-    return load_settings(**given)
-
-
-# --- serving ---------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def serve(
-    port: Annotated[int | None, typer.Option(help="port of the gateway; 0 takes a free one")] = None,
-    data: Data = None,
-) -> None:
-    """Start the service and keep it up until Ctrl-C."""
-    from scangraph.cluster import local_service, port_is_free
-
-    settings = _settings(data, port=port)
-    if settings.port and not port_is_free(settings.host, settings.port):
-        err.print(f"[red]Port {settings.port} of {settings.host} is taken.[/red] Choose another: `make serve PORT=8123`.")
-        raise typer.Exit(1)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    out.print("Starting …")
-    with _explained_start(), local_service(settings) as service:
-        out.print(
-            f"scangraph is up at [bold]{service.url}[/bold] after {service.seconds_to_start:.0f} s. Research use only.\n"
-            f"  data folder   {settings.data}\n"
-            f"  storage       {settings.storage_root}   (paths in requests are relative to it)\n"
-            f"  documentation {service.url}/docs\n"
-            "Try, in another terminal:\n"
-            f"  cp ct.nii.gz {settings.storage_root}/\n"
-            f"  curl -s {service.url}/inference/totalseg -H 'Content-Type: application/json' "
-            '-d \'{"image_path": "ct.nii.gz"}\'\n'
-            "Ctrl-C stops it."
-        )
-        stop.wait()
-        out.print("Stopping …")
-    out.print("Stopped.")
-
-
-@contextlib.contextmanager
-def _explained_start() -> Iterator[None]:
-    """Turn a failed deployment into a plain error: Serve's own message names the deployment and its last line the cause."""
-    try:
-        yield
-    except RuntimeError as error:
-        err.print(f"[red]The graph did not start.[/red] {escape(str(error))}\nRun `scangraph doctor`.")
-        raise typer.Exit(1) from None
-
-
-@contextlib.contextmanager
-def _graph(settings: Settings) -> Iterator[Any]:
-    """Connect to the running service, or run a graph of our own until the block ends."""
-    from scangraph.handles import connect
-
-    try:
-        connection = connect(settings.data)
-    except NotRunning:
-        from scangraph.cluster import local_service
-
-        err.print("No service is running here; starting the graph for this run …")
-        with _explained_start(), local_service(settings, http=False), connect(settings.data) as own:
-            yield own
-        return
-    with connection:
-        yield connection
-
-
-class _Bars:
-    """Live progress, one line a step; plain lines where nobody watches."""
-
-    def __init__(self) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:10}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-        )
-        self._bars = Progress(*columns, console=err)
-        self._tasks: dict[str, Any] = {}
-        self._said: dict[str, str] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Callable[[str, StepProgress], None]:
-        if err.is_terminal:
-            self._bars.start()
-        return self.update
-
-    def __exit__(self, *_: object) -> None:
-        if err.is_terminal:
-            self._bars.stop()
-
-    def update(self, step: str, progress: StepProgress) -> None:
-        """Show how far a step is."""
-        with self._lock:
-            if not err.is_terminal:
-                if self._said.get(step) != progress.message:
-                    self._said[step] = progress.message
-                    err.print(f"{step}: {progress.message}")
-                return
-            if step not in self._tasks:
-                self._tasks[step] = self._bars.add_task(step, total=None, text="")
-            total = progress.total or None
-            count = f" {progress.done}/{progress.total}" if progress.total > 1 else ""
-            self._bars.update(self._tasks[step], total=total, completed=progress.done, text=progress.message + count)
-
-
-@app.command()
-def demo(
-    ct: Annotated[Path | None, typer.Option(help="a CT (.nii.gz); without it the synthetic patient")] = None,
-    out_dir: OutDir = Path("demo-output"),
-    data: Data = None,
-) -> None:
-    """Run the main job: CT to organs, vessels, ureters and tumor, to one mask, to a smoothed scene."""
-    from scangraph import demo as job
-
-    settings = _settings(data)
-    if ct is not None and not ct.is_file():
-        raise UsageError(detail=f"{ct} is not a file")
-    with _graph(settings) as graph:
-        if ct is None:
-            err.print("Making the synthetic patient …")
-            patient = job.synthetic_patient()
-        else:
-            patient = job.one_phase_patient(ct.name, graph.read(ct))
-        with _Bars() as show:
-            report = job.run_demo(graph, patient, out_dir, show)
-    _print_report(report, out_dir)
-
-
-def _print_report(report: dict[str, Any], folder: Path) -> None:
-    """Print what a person wants to know first."""
-    steps = Table("step", "seconds", "peak MB", box=None, pad_edge=False)
-    for name, step in report["steps"].items():
-        steps.add_row(name, f"{step['seconds']:.1f}", f"{step['peak_mb']:.0f}")
-    table = Table("structure", "mL", "true mL", "Dice", box=None, pad_edge=False)
-    for row in report["structures"]:
-        truth = f"{row['true_volume_ml']:.1f}" if "true_volume_ml" in row else "–"
-        table.add_row(row["name"], f"{row['volume_ml']:.1f}", truth, f"{row['dice']:.3f}" if "dice" in row else "–")
-    out.print(steps, "", table, "")
-    for warning in dict.fromkeys(w for step in report["steps"].values() for w in step["warnings"]):
-        out.print(f"[yellow]![/yellow] {escape(warning)}")
-    out.print(f"\n{report['seconds']:.0f} s in all. Research use only. Look at [bold]{folder}/preview.png[/bold]; ", end="")
-    out.print(f"masks, scene.obj and report.json are beside it in {folder}/.")
-
-
-# --- components ------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def run(
-    component: Annotated[str, typer.Argument(help="component, e.g. inference/totalseg; see `scangraph components`")],
-    inputs: Inputs,
-    out_dir: OutDir = Path(),
-    parameter: Annotated[
-        list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="a parameter, value as JSON or text")
-    ] = None,
-    scheme: Annotated[str | None, typer.Option(help="numbering of input masks, if not the label table's: kits")] = None,
-    data: Data = None,
-) -> None:
-    """Run one component on local files and write its outputs."""
-    settings, parameters = _settings(data), _parse_parameters(parameter or [])
-    with _graph(settings) as graph:
-        if component not in graph.components:
-            raise UnknownComponent(component=component, known=", ".join(graph.components))
-        declared: Component = graph.components[component]
-        files = _match_inputs(declared, inputs)
-        values: dict[str, Any] = {}
-        for port in declared.inputs:
-            if port.name not in files:
-                continue
-            read = (lambda p: graph.read_mask(p, scheme)) if port.kind == "mask" else graph.read
-            if port.kind not in {"image", "mask"}:
-                raise InvalidParameters(
-                    component=component, detail=f"input {port.name!r} is a {port.kind}, which cannot be read from a file"
-                )
-            loaded = [read(path) for path in files[port.name]]
-            values[port.name] = loaded if port.many else loaded[0]
-        with _Bars() as show:
-            call = graph.run(component, values, on_progress=lambda p: show(component, p), **parameters)
-            summary: StepSummary = call.step().summary
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for path in _write_outputs(graph, declared, call, out_dir):
-            out.print(str(path))
-        value = call.result()
-    for warning in summary.warnings:
-        err.print(f"[yellow]![/yellow] {escape(warning)}")
-    if hasattr(value, "volumes_ml"):
-        for number, ml in value.volumes_ml().items():
-            err.print(f"  {label_table()[number].title}: {ml:.1f} mL")
-    err.print(f"{summary.seconds:.1f} s, {summary.peak_mb:.0f} MB. Research use only.")
-
-
-def _match_inputs(component: Component, given: list[str]) -> dict[str, list[Path]]:
-    """Give every file to a port: `PORT=FILE` by name, the others in order."""
-    names = [port.name for port in component.inputs]
-    matched: dict[str, list[Path]] = {}
-    positional = []
-    for item in given:
-        name, separator, file = item.partition("=")
-        if separator and name in names:
-            matched.setdefault(name, []).append(Path(file))
-        else:
-            positional.append(Path(item))
-    for port in component.inputs:
-        if port.name in matched or not positional:
-            continue
-        matched[port.name] = positional if port.many else [positional[0]]
-        positional = [] if port.many else positional[1:]
-    missing = [port.name for port in component.inputs if port.name not in matched and not port.optional]
-    if missing or positional:
-        text = f"takes {', '.join(names)}; " + (f"missing: {', '.join(missing)}" if missing else f"too many: {positional[0]}")
-        raise InvalidParameters(component=component.id, detail=text)
-    for path in (path for paths in matched.values() for path in paths):
-        if not path.is_file():
-            raise InvalidParameters(component=component.id, detail=f"{path} is not a file")
-    return matched
-
-
-def _parse_parameters(pairs: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, separator, text = pair.partition("=")
-        if not separator:
-            raise UsageError(detail=f"--set takes NAME=VALUE, got {pair!r}")
-        try:
-            values[name] = json.loads(text)
-        except ValueError:
-            values[name] = text
-    return values
-
-
-def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) -> Iterator[Path]:
-    """Write what a call gave, named after the component; an existing file is replaced."""
-    from scangraph.obj import write_obj
-
-    stem = component.id.rpartition("/")[2]
-    kind = component.outputs[0].kind
-    if kind in {"image", "mask"}:
-        path = folder / f"{stem}.nii.gz"
-        path.write_bytes(graph.encode(call))
-        yield path
-    elif kind == "scene":
-        for path, content in zip(
-            (folder / f"{stem}.obj", folder / f"{stem}.mtl"), write_obj(call.result(), f"{stem}.mtl"), strict=True
-        ):
-            path.write_bytes(content)
-            yield path
-    else:
-        path = folder / f"{stem}.png"
-        path.write_bytes(call.result())
-        yield path
-
-
-@app.command()
-def components(as_json: Annotated[bool, typer.Option("--json", help="whole declarations as JSON")] = False) -> None:
-    """List what can be run, with ports, parameters and limits."""
-    from graph import COMPONENTS
-
-    if as_json:
-        out.print_json(json.dumps([component.describe() for component in COMPONENTS]))
-        return
-    for component in COMPONENTS:
-        ports = ", ".join(f"{p.name}{'…' if p.many else ''}: {p.kind}" for p in component.inputs)
-        gives = ", ".join(f"{p.name}: {p.kind}" for p in component.outputs)
-        out.print(f"[bold]{component.id}[/bold] {component.version}   {ports} → {gives}\n  {component.description}")
-        for name, info in component.parameters.model_fields.items():
-            out.print(f"  --set {name}=…   {info.description} (default {info.default!r})", markup=False)
-        for limit in component.constraints:
-            out.print(f"  · {limit}", markup=False)
-
-
-# --- models ----------------------------------------------------------------------------------------------------------------
-
-
-@models_app.callback()
-def models(context: typer.Context, data: Data = None) -> None:
-    """List the installed models; the first of each task is used."""
-    if context.invoked_subcommand:
-        return
-    settings = _settings(data)
-    table = Table("task", "model", "version", "spacing mm", "labels", "", box=None, pad_edge=False)
-    for model in sorted(installed_models(settings.model_folders), key=lambda m: (m.manifest.task, m.manifest.demo)):
-        manifest = model.manifest
-        spacing = "×".join(f"{s:g}" for s in manifest.spacing_mm)
-        note = "demonstration only" if manifest.demo else ""
-        table.add_row(manifest.task, manifest.id, manifest.version, spacing, str(len(manifest.labels)), note)
-    out.print(table)
-    for error in invalid_models(settings.model_folders):
-        err.print(f"[red]![/red] {escape(error.detail)}")
-
-
-@models_app.command("install")
-def models_install(
-    folder: Annotated[Path, typer.Argument(help="a model folder, or an nnU-Net results folder (with plans.json)")],
-    task: Annotated[
-        str | None, typer.Option(help="for an nnU-Net folder: the component that uses it, e.g. inference/tumor")
-    ] = None,
-    model_id: Annotated[str | None, typer.Option("--id", help="for an nnU-Net folder: the model's name")] = None,
-    labels: Annotated[
-        str | None, typer.Option(help="for an nnU-Net folder: its label=ours, comma-separated: 1=201,2=202; default: by name")
-    ] = None,
-    folds: Annotated[str, typer.Option(help="for an nnU-Net folder: folds, comma-separated")] = "0",
-    license_: Annotated[str, typer.Option("--license", help="for an nnU-Net folder: licence of the weights")] = "not stated",
-    data: Data = None,
-) -> None:
-    """Install a model under the data folder; a running service uses it from its next request on."""
-    settings = _settings(data)
-    if not folder.is_dir():
-        raise UsageError(detail=f"{folder} is not a folder")
-    if (folder / "model.yaml").exists():
-        model = install_model(folder, settings.data / "models")
-    else:
-        if not task:
-            raise UsageError(detail=f"{folder} has no model.yaml; for an nnU-Net results folder say --task (see --help)")
-        manifest = manifest_of_nnunet(folder, task, model_id, labels, tuple(folds.split(",")), license_)
-        with _wrapped(folder, manifest) as wrapped:
-            model = install_model(wrapped, settings.data / "models", manifest)
-    out.print(f"{model.manifest.id} {model.manifest.version} is installed for {model.manifest.task} in {model.folder}")
-
-
-def manifest_of_nnunet(
-    folder: Path, task: str, model_id: str | None, labels: str | None, folds: tuple[str, ...], license_name: str
-) -> ModelManifest:
-    """Describe an nnU-Net results folder as a model.
-
-    Raises
-    ------
-    UsageError
-        If its files are missing or its labels cannot be matched with the table.
-    """
-    from graph import COMPONENTS
-
-    component = next((c for c in COMPONENTS if c.id == task), None)
-    if component is None:
-        raise UnknownComponent(component=task, known=", ".join(c.id for c in COMPONENTS))
-    try:
-        dataset = json.loads((folder / "dataset.json").read_text())
-        plans = json.loads((folder / "plans.json").read_text())
-        configurations = plans["configurations"]
-        named = folder.name.rpartition("__")[2]  # nnU-Net calls the folder <trainer>__<plans>__<configuration>
-        chosen = configurations.get(named) or configurations.get("3d_fullres") or next(iter(configurations.values()))
-        spacing = tuple(float(s) for s in chosen["spacing"])
-        own = {name: number for name, number in dataset["labels"].items() if isinstance(number, int) and number > 0}
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(detail=f"{folder} is no nnU-Net results folder: {type(error).__name__} {error}") from None
-    by_name = {label.name: label.number for label in label_table().values()}
-    if labels:
-        try:
-            mapping = {int(a): int(b) for a, b in (pair.split("=") for pair in labels.split(","))}
-        except ValueError:
-            raise UsageError(detail=f"--labels takes 1=201,2=202, got {labels!r}") from None
-    else:
-        unknown = sorted(set(own) - by_name.keys())
-        if unknown:
-            raise UsageError(detail=f"no label of the table is called {', '.join(unknown)}: say --labels 1=201,2=202,…")
-        mapping = {number: by_name[name] for name, number in own.items()}
-    missing = [fold for fold in folds if not (folder / f"fold_{fold}").is_dir()]
-    if missing:
-        raise UsageError(detail=f"{folder} has no fold_{missing[0]}")
-    reader = str(plans.get("image_reader_writer", ""))
-    return ModelManifest(
-        id=model_id or dataset.get("name", folder.parent.name).lower().replace(" ", "-"),
-        version="1.0.0",
-        title=str(plans.get("dataset_name", folder.name)),
-        task=task,
-        inputs=tuple(ModelInput(name=port.name, phase=port.phase) for port in component.inputs),
-        networks=(ModelNetwork(folder="nnunet", folds=folds, labels=mapping),),
-        spacing_mm=spacing,
-        orientation="RAS" if reader.endswith("WithReorient") else "LPS",
-        files={},
-        license=license_name,
-        training_data="not stated",
-    )
-
-
-@contextlib.contextmanager
-def _wrapped(folder: Path, manifest: ModelManifest) -> Iterator[Path]:
-    """Lay an nnU-Net folder out as a model folder: only what prediction needs."""
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        target = Path(name) / "nnunet"
-        target.mkdir()
-        for file in ("plans.json", "dataset.json"):
-            shutil.copy(folder / file, target / file)
-        for fold in manifest.networks[0].folds:
-            (target / f"fold_{fold}").mkdir()
-            wanted = ("checkpoint_final.pth", "weights.safetensors", "checkpoint.json")
-            for path in (folder / f"fold_{fold}" / f for f in wanted):
-                if path.exists():
-                    shutil.copy(path, target / f"fold_{fold}" / path.name)
-        yield Path(name)
-
-
-# --- the machine -------------------------------------------------------------------------------------------------------------
-
-
-@app.command()
-def settings(data: Data = None) -> None:
-    """List every setting: its variable, its value now, its meaning."""
-    table = Table("variable", "value", "meaning", box=None, pad_edge=False)
-    for row in describe_settings(_settings(data)):
-        table.add_row(*(escape(cell) for cell in row))
-    out.print(table)
-
-
-@app.command()
-def doctor(data: Data = None) -> None:
-    """Look at processor, GPU, memory, disk, port, libraries, environments and models; say how to mend what is missing."""
-    from scangraph.doctor import examine
-
-    colors = {"ok": "green", "warning": "yellow", "error": "red"}
-    findings = examine(_settings(data))
-    for finding in findings:
-        out.print(f"[{colors[finding.level]}]{finding.level:8}[/] {finding.subject}: {escape(finding.text)}")
-        if finding.mend:
-            out.print(f"         → {escape(finding.mend)}")
-    if any(finding.level == "error" for finding in findings):
-        raise typer.Exit(1)
-
-
-@app.command()
-def phantom(
-    out_dir: OutDir = Path("phantom"),
-    seed: Annotated[int | None, typer.Option(help="which patient; default: the one of the demo")] = None,
-    data: Data = None,
-) -> None:
-    """Write a synthetic patient: three contrast phases and the true masks."""
-    from scangraph.phantoms import DEMO_SEED, make_phantom
-
-    patient = make_phantom(DEMO_SEED if seed is None else seed)
-    files: dict[str, Volume] = {**patient.volumes, **{f"true-{name}": mask for name, mask in patient.truth.items()}}
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with _graph(_settings(data)) as graph:
-        for name, volume in files.items():
-            (out_dir / f"{name}.nii.gz").write_bytes(graph.encode(volume))
-            out.print(str(out_dir / f"{name}.nii.gz"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from scangraph.handles import APPLICATION, SERVICE_FILE, TOKEN_FILE, use_token
 from scangraph.settings import Settings
 
+#: What Serve's HTTP proxies call when they start. They inherit the variable from Ray, which inherits it from us; in a cluster
+#: it stands in the environment of `ray start`.
+DOOR = "deployments.gateway.door:middlewares"
+
 
 @dataclass(frozen=True)
 class Service:
@@ -31,6 +35,10 @@ class Service:
     url: str
     settings: Settings
     seconds_to_start: float
+
+
+#: Says where Ray's temporary folder is.
+_LEFTOVER = "ray-folder"
 
 
 def free_port(host: str) -> int:
@@ -72,8 +80,11 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
         _write_private(settings.data / TOKEN_FILE, secrets.token_hex(32))
     use_token(settings.data)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = DOOR
     # Unix sockets have short names, so Ray's own files cannot live in a deep data folder.
+    _remove_leftovers(run_folder)
     temporary = Path(tempfile.mkdtemp(prefix="scangraph-"))
+    (run_folder / _LEFTOVER).write_text(str(temporary))
     service_file = settings.data / SERVICE_FILE
     port = settings.port or free_port(settings.host)
     for name in ("ray", "ray.serve"):  # what Ray says about itself; failures arrive as errors
@@ -106,7 +117,16 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
             # Replicas finish what they do. `serve.shutdown()` would also kill the controller, and Ray complains of its death.
             serve.delete(APPLICATION)
         ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove_leftovers(run_folder)
+
+
+def _remove_leftovers(run_folder: Path) -> None:
+    """Remove Ray's temporary folder, ours or the one of a service that was killed and could not."""
+    with contextlib.suppress(OSError):
+        left = Path((run_folder / _LEFTOVER).read_text())
+        if left.name.startswith("scangraph-") and left.parent == Path(tempfile.gettempdir()):
+            shutil.rmtree(left, ignore_errors=True)
+        (run_folder / _LEFTOVER).unlink()
 
 
 def with_gpu_share(settings: Settings) -> Settings:

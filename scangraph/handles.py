@@ -11,8 +11,8 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import threading
+import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
@@ -26,13 +26,15 @@ import ray
 from ray import serve
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError as RayOutOfMemory
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from scangraph.contracts import Component, LabelMap, Progress, Scene, StepSummary, Volume
+from scangraph.contracts import WAITING, Component, LabelMap, Progress, Scene, StepSummary, Volume
 from scangraph.contracts.errors import (
     InvalidParameters,
     NotRunning,
+    OutOfMemory,
     ScanGraphError,
     StageLost,
     StageUnavailable,
@@ -44,15 +46,20 @@ APPLICATION = "scangraph"
 SERVICE_FILE = "run/service.json"
 TOKEN_FILE = "run/ray-token"  # noqa: S105 - a file's name
 
+#: A process that dies again and again before it takes up anything.
+_LOSSES_WHILE_WAITING = 10
+
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
+#: Called with the number of the next attempt and the error, when a process died that had a step.
+OnLost = Callable[[int, BaseException], None]
 #: What is raised when the process that works for us is gone; asking another one may help.
-_LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError)
+LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError)
 
 
 def new_execution_id() -> str:
     """Return a random id."""
-    return secrets.token_hex(8)
+    return str(uuid.uuid4())
 
 
 def own_error(error: BaseException) -> BaseException:
@@ -79,6 +86,7 @@ async def run_step(
     *,
     execution_id: str,
     on_progress: OnProgress | None = None,
+    on_lost: OnLost | None = None,
     attempts: int = 3,
 ) -> StepResult:
     """Run a component on its deployment and keep its outputs as references.
@@ -101,23 +109,36 @@ async def run_step(
     """
     check_parameters(component, parameters)
     streaming = handle.options(method_name="run", stream=True)
-    for attempt in range(1, attempts + 1):
-        try:
-            return await _run_once(streaming, component, inputs, parameters, execution_id, on_progress, attempt)
-        except _LOST as error:
-            if attempt == attempts:
-                hint = "the image may need more memory than there is"
-                raise StageLost(
-                    deployment=component.deployment, component=component.id, attempts=attempts, hint=hint
-                ) from error
+    attempt, losses = 1, 0
+    while True:
+        began = False
+
+        def heard(progress: Progress) -> None:
+            nonlocal began
+            began = began or progress.message != WAITING
             if on_progress:
-                on_progress(Progress(0, 0, f"its process died, attempt {attempt + 1} of {attempts}"))
-            await asyncio.sleep(min(2**attempt, 10))  # Serve needs a moment to see the loss and start another
+                on_progress(progress)
+
+        try:
+            return await _run_once(streaming, component, inputs, parameters, execution_id, heard, attempt)
+        except LOST as error:
+            # Who only waited in the queue of a process that died has not caused its death, and loses no attempt.
+            losses += 1
+            if on_lost:
+                on_lost(attempt + began, error)
+            if (began and attempt == attempts) or losses >= attempts + _LOSSES_WHILE_WAITING:
+                hint = "the image may need more memory than there is"
+                raise StageLost(deployment=component.deployment, component=component.id, attempts=attempt, hint=hint) from error
+            attempt += began
+            if on_progress:
+                on_progress(Progress(0, 0, f"its process died, attempt {attempt} of {attempts}"))
+            await asyncio.sleep(min(2**losses, 10))  # Serve needs a moment to see the loss and start another
+        except RayOutOfMemory as error:  # Ray's memory monitor ended the process: trying again would end the next one
+            raise OutOfMemory(component=component.id, device="main", shape="this many") from error
         except DeploymentUnavailableError as error:
             raise StageUnavailable(deployment=component.deployment, reason="it could not be started; see /readyz") from error
         except RayTaskError as error:
             raise own_error(error) from None
-    raise AssertionError("unreachable")
 
 
 async def _run_once(

@@ -63,8 +63,45 @@ class PostprocessSettings(StageSettings):
 class ExecutorSettings(Section):
     """The control plane."""
 
-    attempts: int = Field(3, ge=1, description="times a step is tried when its process dies")
-    step_timeout_seconds: float = Field(3600, gt=0, description="longest time one step may take")
+    attempts: int = Field(3, ge=1, description="times a step is tried when its process dies or the storage does not answer")
+    step_timeout_seconds: float = Field(
+        3600, gt=0, description="longest time one step may take, where its pipeline says nothing"
+    )
+    max_running: int = Field(4, gt=0, description="executions at work at once in one executor; the others wait in the queue")
+    max_running_bytes: int | None = Field(
+        None, gt=0, description="decoded inputs of what is at work at once; unset: half of the cluster's object store"
+    )
+    lease_seconds: float = Field(
+        15, ge=1, description="silence after which an executor counts as dead and its work is taken over"
+    )
+    ageing_seconds: float = Field(900, ge=0, description="waiting time that is worth one step of priority")
+    max_pending: int = Field(10_000, gt=0, description="executions that may wait; more are answered 429")
+    max_pending_per_account: int = Field(5_000, gt=0, description="executions of one account that may wait")
+    kept_results_bytes: int = Field(
+        10 * 1024**3, ge=0, description="size of the kept step results; the least recently used leave"
+    )
+    held_inputs_bytes: int = Field(1024**3, ge=0, description="decoded inputs held in the object store for the next execution")
+    retention_days: float | None = Field(None, gt=0, description="age at which ended executions are forgotten; unset: never")
+
+
+class FilesSettings(Section):
+    """Uploads and downloads."""
+
+    max_upload_bytes: int = Field(8 * 1024**3, gt=0, description="bytes a file may have")
+    retention_days: float | None = Field(None, gt=0, description="age at which uploads and results are deleted; unset: never")
+    resumable_hours: float = Field(24, gt=0, description="time to finish a resumable upload")
+    max_open_uploads: int = Field(64, gt=0, description="uploads that one account may have begun and not finished")
+
+
+class AuthSettings(Section):
+    """Accounts and tokens."""
+
+    issuer: str = Field("scangraph", description="`iss` of the tokens")
+    audience: str = Field("scangraph", description="`aud` of the tokens")
+    access_seconds: int = Field(900, gt=0, description="life of an access token")
+    refresh_seconds: int = Field(7 * 86400, gt=0, description="life of a refresh token")
+    logins_per_minute: int = Field(10, gt=0, description="logins that one account name, or one address, may try in a minute")
+    signing_key: Path | None = Field(None, description="private key (PEM, Ed25519); unset: made in <data>/keys")
 
 
 class GatewaySettings(Section):
@@ -72,8 +109,11 @@ class GatewaySettings(Section):
 
     min_replicas: int = Field(1, ge=1, description="replicas kept")
     max_replicas: int = Field(1, ge=1, description="replicas at most")
-    max_requests: int = Field(100, gt=0, description="requests one replica works on at once")
+    max_requests: int = Field(256, gt=0, description="requests one replica works on at once; more are answered 503")
     max_body_bytes: int = Field(1024 * 1024, gt=0, description="bytes a JSON body may have")
+    stall_seconds: float = Field(20, gt=0, description="silence in the middle of a request after which it is cut off")
+    poll_seconds: float = Field(0.2, gt=0, description="how often the records are looked at for news while somebody waits")
+    origins: tuple[str, ...] = Field((), description="other origins whose pages may open a WebSocket")
 
 
 class Settings(BaseSettings):
@@ -88,7 +128,7 @@ class Settings(BaseSettings):
     )
 
     data: Path = Field(Path(".scangraph"), description="folder of everything a server keeps: storage/, models/, caches")
-    host: str = Field("127.0.0.1", description="address the gateway listens on; there are no accounts yet: keep it local")
+    host: str = Field("127.0.0.1", description="address the gateway listens on; TLS ends in front of it")
     port: int = Field(8000, ge=0, le=65535, description="port the gateway listens on; 0 takes a free one")
     environments: Literal["prebuilt", "ray-built"] = Field(
         "prebuilt", description="prebuilt: .envs/<stage> made by `make setup`; ray-built: Ray makes them from the locks"
@@ -99,12 +139,30 @@ class Settings(BaseSettings):
     object_store_mb: int | None = Field(None, gt=75, description="size of the local object store; unset: Ray's choice")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="level of the service's log")
 
+    database_url: str = Field(
+        "", description="records: postgresql+asyncpg://user:password@host/name; unset: SQLite, <data>/scangraph.db"
+    )
+    storage_url: str = Field("", description="files: s3://bucket/prefix; unset: the folder <data>/storage")
+    storage_options: dict[str, str] = Field({}, description="obstore's options for storage_url, as JSON: endpoint, region, …")
+
     imageio: ImageioSettings = ImageioSettings()
     nnunet: NnunetSettings = NnunetSettings()
     smoothing: SmoothingSettings = SmoothingSettings()
     postprocess: PostprocessSettings = PostprocessSettings()
     executor: ExecutorSettings = ExecutorSettings()
     gateway: GatewaySettings = GatewaySettings()
+    files: FilesSettings = FilesSettings()
+    auth: AuthSettings = AuthSettings()
+
+    @property
+    def database(self) -> str:
+        """URL of the records."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data}/scangraph.db"
+
+    @property
+    def storage(self) -> str:
+        """URL of the files."""
+        return self.storage_url or self.storage_root.as_uri()
 
     @property
     def storage_root(self) -> Path:

@@ -13,16 +13,20 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
-from scangraph.contracts import Component, Progress, StepSummary
-from scangraph.contracts.errors import OutOfMemory, ScanGraphError, StageFailed, UnknownComponent
+import psutil
+
+from scangraph.contracts import WAITING, Component, Progress, StepSummary
+from scangraph.contracts.errors import OutOfMemory, ScanGraphError, StageFailed, StageUnavailable, UnknownComponent
 
 log = logging.getLogger("scangraph")
 
+#: How often what the process uses is said.
+_USAGE_SECONDS = 1.0
 #: Called by an operation as `report(done, total, message)`; raises `StepCancelled` when nobody waits for the result any more.
 Report = Callable[[int, int, str], None]
 
@@ -60,6 +64,16 @@ class Stage:
     def __init__(self, operations: Mapping[Component, Operation]) -> None:
         self._operations = {component.id: (component, function) for component, function in operations.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+        self._working: dict[str, Event] = {}
+        self._process = psutil.Process()
+        self._process.cpu_percent()  # the first call only starts the count
+
+    async def identity(self, component_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what, besides version, parameters and inputs, decides a component's result; a stage with models says more."""
+        if component_id not in self._operations:
+            raise UnknownComponent(component=component_id, known=", ".join(self._operations))
+        del parameters
+        return {}
 
     async def ready(self) -> bool:
         """Answer: the stage is up."""
@@ -79,7 +93,8 @@ class Stage:
         parameters : mapping
             Plain values; validated again here, because the caller may be anybody with a handle.
         execution_id : str
-            For the log.
+            For the log, and to know the same work when it comes again: who asks anew has lost the first answer (its executor
+            died), so the first is stopped.
 
         Yields
         ------
@@ -92,6 +107,10 @@ class Stage:
         values = {port: await _fetch(ref) for port, ref in inputs.items()}
 
         loop, gone = asyncio.get_running_loop(), Event()
+        if execution_id in self._working:
+            self._working[execution_id].set()
+        self._working[execution_id] = gone
+        told = 0.0
         news: asyncio.Queue[Progress | None] = asyncio.Queue()
 
         def report(done: int, total: int, message: str = "") -> None:
@@ -106,16 +125,21 @@ class Stage:
                 output = function(values, model, report)
                 return output, time.perf_counter() - start, peak()
 
-        yield Progress(0, 0, "waiting")
+        yield Progress(0, 0, WAITING)
         job = loop.run_in_executor(self._thread, work)
         job.add_done_callback(lambda _: news.put_nowait(None))
         try:
             while (item := await _newest(news)) is not None:
+                if time.monotonic() - told >= _USAGE_SECONDS:
+                    told = time.monotonic()
+                    item = replace(item, resources=self._usage())
                 yield item
             output, seconds, peak_mb = await job
         except (asyncio.CancelledError, GeneratorExit):
             gone.set()
             raise
+        except StepCancelled:
+            raise StageUnavailable(deployment=component.deployment, reason="the same work was asked for again") from None
         except ScanGraphError:
             raise
         except MemoryError:
@@ -124,9 +148,16 @@ class Stage:
         except Exception as error:  # the process boundary: nothing unforeseen may leave as a pickled foreign class
             log.exception("execution %s: %s failed", execution_id, component_id)
             raise StageFailed(component=component_id, error=type(error).__name__, execution_id=execution_id) from None
+        finally:
+            if self._working.get(execution_id) is gone:
+                del self._working[execution_id]
         yield StepSummary(round(seconds, 3), round(peak_mb, 1), output.warnings, output.facts)
         for value in output.outputs:
             yield value
+
+    def _usage(self) -> dict[str, float]:
+        """Return what this process uses."""
+        return {"cpu_percent": self._process.cpu_percent(), "rss_mb": round(self._process.memory_info().rss / 2**20, 1)}
 
 
 async def _fetch(ref: Any) -> Any:

@@ -1,33 +1,75 @@
-"""Named bytes in and out of the storage folder: the one place that knows where bytes live.
+"""Named bytes in and out: the one place that knows where bytes live. A folder, memory, or S3, all through obstore.
 
-Names are relative POSIX paths under the root. Users and backends put files there themselves, so a name from a request is
-never trusted: it may not leave the root, neither by `..` nor through a link, and what is written is never overwritten.
+Names are relative POSIX paths. Users and backends put files there themselves, so a name from a request is never trusted: it may
+not leave the root, neither by `..` nor through a link, and what is written is never overwritten.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import hashlib
 import os
-import secrets
+import re
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
 
-from scangraph.contracts.errors import AlreadyWritten, FileMissing, PathRefused, StorageFull
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError
+from obstore.store import LocalStore, MemoryStore, from_url
+
+from scangraph.contracts.errors import AlreadyWritten, FileMissing, PathRefused, StorageFull, StorageUnavailable
+
+_CHUNK = 1024 * 1024
+#: Size of a part of a multipart upload; S3 takes 5 MiB to 5 GiB and at most 10 000 of them, so files may have 80 GB.
+_PART = 8 * 1024 * 1024
+#: What is larger is written in parts where the store takes whole objects only up to some GB.
+_WHOLE = 512 * 1024 * 1024
+_FULL = re.compile(r"os error (28|122|27)\b")  # ENOSPC, EDQUOT, EFBIG
+_NOT_A_FOLDER = re.compile(r"os error (20|21|17|39)\b")
+_ABSENT = re.compile(r"os error (2|20)\b")
+
+#: An outage is told within seconds, not minutes: whoever waits can do better than wait.
+_CLIENT: dict[str, Any] = {"connect_timeout": "3s", "timeout": "60s"}
+_RETRY: dict[str, Any] = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=15),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2), "base": 2},
+}
 
 
-class LocalStorage:
-    """A folder.
+@dataclass(frozen=True)
+class Stat:
+    """A stored file."""
+
+    name: str
+    size: int
+    modified: datetime
+
+
+class Storage:
+    """Named bytes.
 
     Parameters
     ----------
-    root : Path
-        Made where it is missing.
+    store : obstore store
+        Where they are.
+    local_root : Path, optional
+        The folder, where it is one.
     """
 
-    def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        self.root = root.resolve()
+    def __init__(self, store: Any, local_root: Path | None = None) -> None:
+        self._store, self.local_root = store, local_root
+
+    # --- names -------------------------------------------------------------------------------------------------------------
 
     def name_of(self, path: str) -> str:
-        """Turn a path from a request (relative to the root, or absolute inside it) into the name of a stored file.
+        """Turn a path from a request into the name of a stored file; it may be absolute inside a local root.
 
         Raises
         ------
@@ -42,63 +84,233 @@ class LocalStorage:
             raise PathRefused(path=path, reason="it has a control character or a backslash")
         if ".." in PurePosixPath(path).parts:
             raise PathRefused(path=path, reason="it has a '..'")
-        if max((len(part.encode()) for part in PurePosixPath(path).parts), default=0) > 255 or len(path.encode()) > 2048:
+        if max((len(part.encode()) for part in PurePosixPath(path).parts), default=0) > 255 or len(path.encode()) > 1024:
             raise PathRefused(path=path[:64] + "…", reason="it is too long")
+        if self.local_root is None:
+            if path.startswith("/"):
+                raise PathRefused(path=path, reason="it is absolute, and this storage is no folder")
+            name = PurePosixPath(path).as_posix()
+            if name == ".":
+                raise PathRefused(path=path, reason="it names no file")
+            return name
         try:
-            real = (self.root / path).resolve()
+            real = (self.local_root / path).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
             raise PathRefused(path=path, reason="it cannot be resolved") from error
-        if real == self.root or not real.is_relative_to(self.root):
+        if real == self.local_root or not real.is_relative_to(self.local_root):
             raise PathRefused(path=path, reason="it leads outside the storage")
-        return real.relative_to(self.root).as_posix()
+        return real.relative_to(self.local_root).as_posix()
 
-    def file(self, path: str) -> Path:
-        """Return the real file behind a path from a request.
+    # --- reading -----------------------------------------------------------------------------------------------------------
+
+    async def head(self, path: str) -> Stat:
+        """Return size and time of a file; raises as `read` does."""
+        name = self.name_of(path)
+        with _translated(path):
+            meta = await obstore.head_async(self._store, name)
+        return Stat(name, meta["size"], meta["last_modified"])
+
+    async def read(self, path: str) -> bytes:
+        """Return a file's bytes.
 
         Raises
         ------
-        PathRefused, FileMissing
-            If the path leads outside, or to nothing, or to something that is no regular file.
+        PathRefused, FileMissing, StorageUnavailable
         """
-        real = self.root / self.name_of(path)
-        if not real.is_file():
-            raise FileMissing(path=path)
-        return real
+        name = self.name_of(path)
+        with _translated(path):
+            answer = await obstore.get_async(self._store, name)
+            return bytes(await answer.bytes_async())
 
-    def read(self, path: str) -> bytes:
-        """Return a file's bytes; raises as `file` does."""
-        try:
-            return self.file(path).read_bytes()
-        except OSError as error:
-            raise FileMissing(path=path) from error
+    async def stream(self, path: str, start: int = 0, end: int | None = None, chunk: int = _CHUNK) -> AsyncIterator[bytes]:
+        """Yield the bytes from `start` up to, not including, `end`; raises as `read` does, at the first chunk."""
+        name = self.name_of(path)
+        if end is not None and end <= start:
+            return
+        options: Any = {"range": {"offset": start} if end is None else (start, end)} if start or end is not None else None
+        with _translated(path):
+            answer = await obstore.get_async(self._store, name, options=options)
+            async for part in answer.stream(min_chunk_size=chunk):
+                yield bytes(part)
 
-    def write(self, path: str, data: bytes | memoryview) -> str:
+    async def list(self, prefix: str = "") -> AsyncIterator[Stat]:
+        """Yield the files whose name begins with a folder's name."""
+        with _translated(prefix):
+            async for batch in obstore.list(self._store, prefix.rstrip("/") or None):
+                for meta in batch:
+                    yield Stat(meta["path"], meta["size"], meta["last_modified"])
+
+    # --- writing -----------------------------------------------------------------------------------------------------------
+
+    async def write(self, path: str, data: bytes | memoryview) -> str:
         """Write a new file, whole or not at all, and return its name.
 
         Raises
         ------
         AlreadyWritten
             If there is a file of that name: keys are write-once.
-        StorageFull
-            If the disk has no room.
+        StorageFull, StorageUnavailable
         """
         name = self.name_of(path)
-        target = self.root / name
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.part"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:  # also where a file stands in the way of a folder
-            raise StorageFull(path=name, reason=error.strerror or str(error)) from error
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.link(temporary, target)  # unlike rename, fails where the target exists: two writers cannot both win
-        except FileExistsError as error:
-            raise AlreadyWritten(path=name) from error
-        except OSError as error:
-            raise StorageFull(path=name, reason=error.strerror or str(error)) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        if len(data) > _WHOLE:
+            async with self.writer(path) as file:
+                for start in range(0, len(data), _PART):
+                    await file.write(bytes(data[start : start + _PART]))
+            return name
+        with _translated(name):
+            await obstore.put_async(self._store, name, data, mode="create")
+        await self._settle(name)
         return name
+
+    def writer(self, path: str) -> Writer:
+        """Return a context in which a new file is written piece by piece.
+
+        It appears whole when the block ends, and never if the block raises. Race: two writers of one name; for pieces S3 has no
+        "only if there is none", so large files get unique names, and a name that exists is refused at the start.
+        """
+        return Writer(self, self.name_of(path))
+
+    async def delete(self, path: str) -> None:
+        """Delete a file; nothing happens if there is none."""
+        name = self.name_of(path)
+        with contextlib.suppress(FileMissing), _translated(name):
+            await obstore.delete_async(self._store, name)
+
+    async def _settle(self, name: str) -> None:
+        """Make a file in a folder survive a power cut: the store closes it without waiting for the disk."""
+        if self.local_root is not None:
+            await asyncio.to_thread(_sync, self.local_root / name)
+
+
+class Writer:
+    """A file that is being written. After the block `size` and `sha256` (hex) are known."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self.name, self.size, self.sha256 = storage, name, 0, ""
+        self._hash = hashlib.sha256()
+        self._pieces: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(maxsize=1)
+        self._piece = bytearray()
+        self._put: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        with contextlib.suppress(FileMissing):
+            await self._storage.head(self.name)
+            raise AlreadyWritten(path=self.name)
+        self._put = asyncio.create_task(self._store())
+        return self
+
+    async def write(self, data: bytes) -> None:
+        """Add bytes; waits while the storage is slower than whoever gives them."""
+        self.size += len(data)
+        self._piece += data
+        if len(self._piece) >= _CHUNK:
+            await self._pass_on()
+
+    async def _pass_on(self) -> None:
+        piece, self._piece = bytes(self._piece), bytearray()
+        if len(piece) > _CHUNK // 2:  # hashlib lets other threads run meanwhile
+            await asyncio.to_thread(self._hash.update, piece)
+        else:
+            self._hash.update(piece)
+        await self._give(piece)
+
+    async def _give(self, piece: bytes | BaseException | None) -> None:
+        """Hand a piece over, unless the storage has failed: then raise what it raised."""
+        assert self._put is not None
+        give = asyncio.ensure_future(self._pieces.put(piece))
+        await asyncio.wait([give, self._put], return_when=asyncio.FIRST_COMPLETED)
+        if not give.done():
+            give.cancel()
+        if self._put.done():
+            self._put.result()
+
+    async def _store(self) -> None:
+        async def pieces() -> AsyncIterator[bytes]:
+            while (piece := await self._pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+
+        with _translated(self.name):
+            await obstore.put_async(
+                self._storage._store, self.name, pieces(), use_multipart=True, chunk_size=_PART, max_concurrency=2
+            )
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._put is not None
+        if error is not None:
+            # The store drops what it has when the source of the pieces raises; a cancelled put would just be left.
+            with contextlib.suppress(BaseException):
+                await asyncio.shield(self._give(_Abandoned()))
+            with contextlib.suppress(BaseException):
+                await asyncio.wait_for(asyncio.shield(self._put), 30)
+            return
+        if self._piece:
+            await self._pass_on()
+        await self._give(None)
+        await self._put
+        self.sha256 = self._hash.hexdigest()
+        await self._storage._settle(self.name)
+
+
+class _Abandoned(Exception):
+    """The writer's block raised."""
+
+
+def open_storage(url: str, options: Mapping[str, str] | None = None) -> Storage:
+    """Open the storage behind a URL.
+
+    Parameters
+    ----------
+    url : str
+        `file:///folder`, `s3://bucket/prefix` or `memory://`.
+    options : mapping, optional
+        obstore's configuration of the store (`endpoint`, `region`, `access_key_id`, …; for a server without TLS
+        `allow_http: "true"`); for S3 the environment's `AWS_…` is read, too.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        root = Path(unquote(parts.path))
+        root.mkdir(parents=True, exist_ok=True)
+        return Storage(LocalStore(str(root.resolve())), root.resolve())
+    if parts.scheme == "memory":
+        return Storage(MemoryStore())
+    config = dict(options or {})
+    client = dict(_CLIENT)
+    if config.pop("allow_http", "").lower() in {"1", "true", "yes"}:
+        client["allow_http"] = True
+    store: Any = from_url(url, config=config, client_options=client, retry_config=_RETRY)  # type: ignore[call-overload]
+    return Storage(store)
+
+
+def _sync(path: Path) -> None:
+    for target, flags in ((path, os.O_RDONLY), (path.parent, os.O_RDONLY | os.O_DIRECTORY)):
+        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+            descriptor = os.open(target, flags)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _translated(path: str) -> Any:
+    """Turn what the store raises into our errors; it tells its kinds of failure apart by their text only."""
+    try:
+        yield
+    except (FileNotFoundError, NotFoundError) as error:
+        raise FileMissing(path=path) from error
+    except AlreadyExistsError as error:
+        raise AlreadyWritten(path=path) from error
+    except (BaseError, OSError) as error:
+        text = str(error).partition("\n")[0]
+        whole = str(error)
+        if _FULL.search(whole):
+            raise StorageFull(path=path, reason="no space left") from error
+        if "os error 36" in whole or "InvalidPath" in type(error).__name__ or "are not supported" in text:
+            raise PathRefused(path=path, reason="the storage cannot have such a name") from error
+        if _NOT_A_FOLDER.search(whole) or _ABSENT.search(whole):
+            raise FileMissing(path=path) from error
+        raise StorageUnavailable(path=path, reason=text[:200]) from error

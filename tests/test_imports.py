@@ -56,17 +56,23 @@ STAGES = {
     "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh zmesh matplotlib scipy",
     "postprocess": "numpy pydantic scipy skimage",
     "executor": "pydantic",
-    "gateway": "pydantic fastapi starlette",
+    "gateway": "pydantic fastapi starlette uvicorn limits python_multipart sqlalchemy",
 }
 #: Those that work by handles, and so stand on Ray as a whole.
 CONTROL = ("executor", "gateway")
 #: Modules of scangraph/ that talk to a cluster, and those of the command that stands on top of everything.
 CONNECTING = ("handles",)
-COMMAND = ("cli", "cluster", "demo", "doctor")
+#: Those that keep things: the database, the storage, the keys.
+KEEPING = ("store", "storage", "tokens")
+REMOTE = ("remote_cli", "terminal")
+COMMAND = ("cli", "local_cli", "accounts_cli", "cluster", "demo", "doctor")
 
 ROOMS = {
     "contracts": Room("numpy pydantic", ours="scangraph.contracts", environment="numpy1"),
-    "shared": Room("numpy pydantic pydantic_settings yaml", ours="scangraph"),
+    "shared": Room("numpy pydantic pydantic_settings yaml psutil", ours="scangraph"),
+    "keeping": Room("pydantic sqlalchemy alembic argon2 jwt cryptography obstore", ours="scangraph"),
+    "client": Room("pydantic httpx websockets", ours="scangraph.contracts scangraph.client"),
+    "client's command": Room("pydantic httpx websockets typer rich", ours="scangraph"),
     "connecting": Room("pydantic ray", ours="scangraph", ray=True),
     "command": Room("numpy pydantic ray psutil typer rich", ours="scangraph runtime_envs graph", ray=True),
     "graph": Room("ray", ours="scangraph deployments runtime_envs", ray=True),
@@ -91,6 +97,12 @@ def room_of(module: str) -> str:
             return "runtime_envs"
         case ["scangraph", "contracts", *_]:
             return "contracts"
+        case ["scangraph", name, *_] if name in KEEPING:
+            return "keeping"
+        case ["scangraph", "client", *_]:
+            return "client"
+        case ["scangraph", name] if name in REMOTE:
+            return "client's command"
         case ["scangraph", name] if name in CONNECTING:
             return "connecting"
         case ["scangraph", name] if name in COMMAND:
@@ -101,6 +113,8 @@ def room_of(module: str) -> str:
             return "shared"  # empty
         case ["deployments", stage, "deployment" | "components"]:
             return f"{stage} (deployment)"
+        case ["deployments", stage, name] if (stage, name) in {("executor", "stages"), ("gateway", "door")}:
+            return f"{stage} (deployment)"  # handles to the stages; what runs inside Serve's proxy
         case ["deployments", stage, *_]:
             return stage
     return module
@@ -113,6 +127,8 @@ def find_modules(root: Path) -> dict[str, Path]:
         *(f for top in ("scangraph", "deployments", "runtime_envs") for f in (root / top).rglob("*.py")),
     ]
     parts = {file: file.relative_to(root).with_suffix("").parts for file in files if file.exists()}
+    # alembic's scripts are no modules: alembic runs them.
+    parts = {file: names for file, names in parts.items() if "migrations" not in names}
     return {".".join(p[:-1] if p[-1] == "__init__" else p): file for file, p in sorted(parts.items())}
 
 

@@ -1,55 +1,55 @@
-"""The HTTP application. Its routes are made of the components' declarations: none of them is named here."""
+"""The HTTP application. The direct endpoints are made of the components' declarations: none of them is named here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 import scangraph
 from deployments.gateway import problems
+from deployments.gateway.auth import Principal, auth_routes, requires
+from deployments.gateway.executions import (
+    IdempotencyKey,
+    Prefer,
+    execution_routes,
+    failure,
+    fingerprint,
+    look,
+    preferences,
+    submit,
+)
+from deployments.gateway.files import file_routes
+from deployments.gateway.live import hub, live_routes
+from deployments.gateway.pipelines import pipeline_routes
+from deployments.gateway.problems import documented
+from deployments.gateway.resumable import upload_routes
+from deployments.gateway.services import Access
 from scangraph.contracts import Component, label_table
+from scangraph.contracts.api import ExecutionAccepted, InputFile, NewExecution
 from scangraph.contracts.errors import UnknownComponent
-from scangraph.handles import new_execution_id
+from scangraph.contracts.pipelines import pipeline_name
+from scangraph.settings import GatewaySettings
+from scangraph.store import pipelines
+from scangraph.store.executions import Record
+from scangraph.store.views import accepted
 
 _DESCRIPTION = """\
 CT scans in, label masks and surgical 3-D scenes out. **Research use only**: not a medical device.
 
-Paths are relative to the service's storage folder, or absolute inside it; answers use the same form.
+Everything but health, documentation and login wants a bearer token (`POST /v1/auth/login`). Upload files (`/v1/files`, or
+resumably `/v1/uploads`), run a pipeline on them (`/v1/executions`), follow it live (WebSocket `/v1/ws`) and fetch the results.
+The direct endpoints run one component on storage paths and wait.
 Every error is `application/problem+json`.
 """
-
-
 #: What a request can name by a path; scenes are made, not read.
 _READABLE = frozenset({"image", "mask"})
-
-
-class Backend(Protocol):
-    """What the routes need; the deployment implements it with handles, a test with anything."""
-
-    components: Mapping[str, Component]
-
-    async def execute(
-        self,
-        execution_id: str,
-        component: Component,
-        paths: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        scheme: str | None,
-    ) -> Any:
-        """Run a component and return the executor's `Answer`."""
-        ...
-
-    async def readiness(self) -> dict[str, str]:
-        """Return deployment -> why it is not ready, for those that are not."""
-        ...
-
-    async def models(self) -> dict[str, list[dict[str, Any]]]:
-        """Return component id -> installed models, the one that is used first."""
-        ...
+#: A direct endpoint waits as long as its client does; a day ends every connection.
+_FOREVER = 86400.0
 
 
 class _Answer(BaseModel):
@@ -59,7 +59,7 @@ class _Answer(BaseModel):
     warnings: list[str] = Field(description="limits that the input breaks, and what must be known about the result")
     seconds: float = Field(description="wall time inside the stage")
     peak_mb: float = Field(description="highest resident memory of the stage while it worked")
-    attempts: int = Field(description="1, or more where a process died and the step was tried again")
+    attempts: int = Field(description="0 where the result was known, 1, or more where a process died and it was tried again")
     facts: dict[str, Any] = Field(description="what else the stage says: model, counts")
 
 
@@ -87,97 +87,206 @@ def answer_model(component: Component) -> type[BaseModel]:
     return model
 
 
-def build_app(components: tuple[Component, ...], backend: Callable[[], Backend], max_body_bytes: int) -> FastAPI:
+def build_app(components: tuple[Component, ...], services: Access, settings: GatewaySettings) -> FastAPI:
     """Build the application.
 
     Parameters
     ----------
     components : tuple of Component
         What is offered.
-    backend : callable
-        Gives the backend at request time: Serve copies the application into its replica, so nothing may be bound here.
-    max_body_bytes : int
-        Limit of a body.
+    services : callable
+        Gives the services at request time: Serve copies the application into its replica, so nothing may be bound here.
+    settings : GatewaySettings
+        Limits.
     """
     app = FastAPI(
         title="scangraph",
         version=scangraph.__version__,
         description=_DESCRIPTION,
-        openapi_tags=[{"name": "components"}, {"name": "service"}],
+        openapi_tags=[{"name": name} for name in ("accounts", "files", "pipelines", "executions", "components", "service")],
         swagger_ui_parameters={"docExpansion": "list"},
     )
-    problems.install(app, max_body_bytes)
-    app.include_router(_service_routes(backend))
+    problems.install(app, settings.max_body_bytes, settings.stall_seconds)
+    for routes in (auth_routes, file_routes, upload_routes, pipeline_routes, execution_routes, live_routes, _service_routes):
+        app.include_router(routes(services))
     for component in components:
         if all(port.kind in _READABLE for port in component.inputs):
-            _add_component(app, component, backend)
+            _add_component(app, component, services)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
-def _add_component(app: FastAPI, component: Component, backend: Callable[[], Backend]) -> None:
-    body_model, ports = request_model(component), {port.path_name: port.name for port in component.inputs}
+def _document(app: FastAPI) -> dict[str, Any]:
+    """Return the OpenAPI document, with what FastAPI cannot know: a body that is either JSON or a form."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+        )
+        schema = NewExecution.model_json_schema(ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"].update(schema.pop("$defs"))
+        document["components"]["schemas"]["NewExecution"] = schema
+        properties = {
+            "pipeline_id": {"type": "string"},
+            "parameters": {"type": "string", "contentMediaType": "application/json"},
+            "priority": {"enum": ["high", "normal", "low"]},
+            "input_files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+        }
+        form = {"type": "object", "required": ["pipeline_id"], "properties": properties}
+        form["additionalProperties"] = {"type": "string", "format": "binary"}
+        document["paths"]["/v1/executions"]["post"]["requestBody"] = {
+            "required": True,
+            "content": {
+                "application/json": {"schema": {"$ref": "#/components/schemas/NewExecution"}},
+                "multipart/form-data": {"schema": form},
+            },
+        }
+        app.openapi_schema = document
+    return app.openapi_schema
 
-    async def run(request: Request, body: Any) -> Any:
-        request.state.execution_id = execution_id = new_execution_id()
+
+def _add_component(app: FastAPI, component: Component, services: Access) -> None:
+    body_model, ports = request_model(component), {port.path_name: port.name for port in component.inputs}
+    answered = answer_model(component)
+    operator = Depends(requires(services, "operator"))
+
+    async def run(
+        *,
+        request: Request,
+        body: Any,
+        response: Response,
+        principal: Principal = operator,
+        idempotency_key: IdempotencyKey = None,
+        prefer: Prefer = None,
+    ) -> Any:
+        s, asked = services(), preferences(prefer)
         values = body.model_dump(exclude_unset=True)
         paths = {ports[key]: values.pop(key) for key in list(values) if key in ports and values[key] is not None}
         scheme = values.pop("label_scheme", None)
-        answer = await backend().execute(execution_id, component, paths, values, scheme)
-        return {
-            **answer.paths,
-            "execution_id": execution_id,
-            "warnings": list(answer.warnings),
-            "seconds": answer.seconds,
-            "peak_mb": answer.peak_mb,
-            "attempts": answer.attempts,
-            "facts": answer.facts,
-        }
+        inputs = {name: _given(given, scheme) for name, given in paths.items()}
+        key = (idempotency_key, fingerprint(component.id, paths, scheme, values)) if idempotency_key else None
+        stored = await pipelines.find_pipeline(s.store, pipeline_name(component.id))
+        execution_id, replayed = await submit(s, principal, stored, inputs, {"steps": {"run": values}}, key=key)
+        request.state.execution_id = execution_id
+        response.headers["Location"] = f"/v1/executions/{execution_id}"
+        if replayed:
+            response.headers["Idempotency-Replayed"] = "true"
+        seconds = _FOREVER if asked.wait_seconds is None else asked.wait_seconds
+        if asked.at_once or not await hub(s).wait_ended(execution_id, seconds):
+            response.headers["Preference-Applied"] = "respond-async" if asked.at_once else f"wait={seconds:.0f}"
+            response.status_code = 202
+            return JSONResponse(accepted(await look(s, execution_id)).model_dump(mode="json"), 202, dict(response.headers))
+        record = await look(s, execution_id)
+        if record.execution.state != "completed":
+            raise failure(record)
+        given = [path for value in paths.values() for path in ([value] if isinstance(value, str) else value)]
+        root = s.storage.local_root if all(Path(path).is_absolute() for path in given) else None
+        return _answer(component, record, root)
 
-    run.__annotations__ = {"request": Request, "body": body_model, "return": Any}
-    described = problems.problem_schema()
+    run.__annotations__ = {**run.__annotations__, "body": body_model}
     limits = "".join(f"\n- {text}" for text in component.constraints)
     app.add_api_route(
         f"/{component.id}",
         run,
         methods=["POST"],
-        response_model=answer_model(component),
+        response_model=answered,
         summary=component.title,
         description=f"{component.description}\n\nLimits:{limits}" if limits else component.description,
         operation_id=component.id.replace("/", "_"),
         tags=["components"],
-        responses={status: dict(described) for status in (403, 404, 413, 415, 422, 500, 503)},
+        responses={
+            202: {"description": "accepted, where `Prefer` asks not to wait", "model": ExecutionAccepted},
+            **documented(401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, 507),
+        },
     )
 
 
-def _service_routes(backend: Callable[[], Backend]) -> APIRouter:
-    router = APIRouter(tags=["service"])
+def _given(value: Any, scheme: str | None) -> Any:
+    """Name a file by its path: here a text is always one."""
+    if isinstance(value, list):
+        return [_given(one, scheme) for one in value]
+    return InputFile(path=value, label_scheme=scheme)
 
-    @router.get("/healthz", summary="Is the process alive?")
+
+def _answer(component: Component, record: Record, root: Path | None) -> dict[str, Any]:
+    """Answer with the results' paths: absolute where the inputs' were."""
+    first: dict[str, str] = {}
+    for file in record.files:
+        first.setdefault(str(file.output), str(root / file.storage_name) if root else file.storage_name)
+    (step,) = record.steps
+    return {
+        **{port.path_name: first[port.name] for port in component.outputs},
+        "execution_id": record.execution.id,
+        "warnings": step.warnings,
+        "seconds": step.seconds,
+        "peak_mb": step.peak_mb,
+        "attempts": step.attempts,
+        "facts": step.facts,
+    }
+
+
+class Items(BaseModel):
+    """A list."""
+
+    items: list[dict[str, Any]]
+
+
+class Readiness(BaseModel):
+    """Whether every stage can take work, and why not."""
+
+    status: Literal["ready", "not ready"]
+    not_ready: dict[str, str]
+
+
+def _service_routes(services: Access) -> APIRouter:
+    router = APIRouter(tags=["service"])
+    viewer = Depends(requires(services, "viewer"))
+
+    def shown(component: Component, models: dict[str, Any], waiting: dict[str, str]) -> dict[str, Any]:
+        reason = waiting.get(component.deployment)
+        return {
+            **component.describe(),
+            "models": models.get(component.id, []),
+            "ready": reason is None,
+            "not_ready": reason,
+            "pipeline": pipeline_name(component.id) if all(port.kind in _READABLE for port in component.inputs) else None,
+        }
+
+    @router.get("/healthz", summary="Is the process alive?", operation_id="healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @router.get("/readyz", summary="Can every stage take work? Names what cannot, and why")
+    @router.get(
+        "/readyz",
+        summary="Can every stage take work? Names what cannot, and why",
+        operation_id="readyz",
+        response_model=Readiness,
+        responses={503: {"model": Readiness, "description": "not yet"}},
+    )
     async def readyz() -> Response:
-        waiting = await backend().readiness()
+        waiting = await services().readiness()
         body = {"status": "not ready" if waiting else "ready", "not_ready": waiting}
         return JSONResponse(body, 503 if waiting else 200, {"Retry-After": "5"} if waiting else None)
 
-    @router.get("/v1/components", summary="What can be run")
-    async def components() -> dict[str, Any]:
-        service = backend()
-        models = await service.models()
-        return {"items": [{**c.describe(), "models": models.get(c.id, [])} for c in service.components.values()]}
+    @router.get("/v1/components", summary="What can be run", operation_id="list_components", responses=documented(401, 503))
+    async def components(*, _: Principal = viewer) -> Items:
+        s = services()
+        models, waiting = await s.models(), await s.readiness()
+        return Items(items=[shown(c, models, waiting) for c in s.components.values()])
 
-    @router.get("/v1/components/{component_id:path}", summary="One component")
-    async def component(component_id: str) -> dict[str, Any]:
-        service = backend()
-        if component_id not in service.components:
-            raise UnknownComponent(component=component_id, known=", ".join(service.components))
-        models = await service.models()
-        return {**service.components[component_id].describe(), "models": models.get(component_id, [])}
+    @router.get(
+        "/v1/components/{component_id:path}",
+        summary="One component: ports, JSON Schema of its parameters, limits, models, readiness",
+        operation_id="get_component",
+        responses=documented(401, 404, 422, 503),
+    )
+    async def component(*, component_id: str, _: Principal = viewer) -> dict[str, Any]:
+        s = services()
+        if component_id not in s.components:
+            raise UnknownComponent(component=component_id, known=", ".join(s.components))
+        return shown(s.components[component_id], await s.models(), await s.readiness())
 
-    @router.get("/v1/labels", summary="The label table")
-    async def labels() -> dict[str, Any]:
-        return {"items": [label.model_dump() for label in label_table().values()]}
+    @router.get("/v1/labels", summary="The label table", operation_id="list_labels", responses=documented(401, 503))
+    async def labels(*, _: Principal = viewer) -> Items:
+        return Items(items=[label.model_dump() for label in label_table().values()])
 
     return router

@@ -3,75 +3,81 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from pathlib import Path
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
-from deployments.gateway.app import Backend, build_app
-from scangraph.contracts import Component
-from scangraph.contracts.errors import StageFailed, StageUnavailable
+from deployments.gateway.app import build_app
+from deployments.gateway.services import Services
+from scangraph.contracts import Component, label_table
+from scangraph.contracts.errors import ScanGraphError, StageUnavailable
+from scangraph.contracts.pipelines import built_in_pipelines
 from scangraph.handles import own_error
 from scangraph.models import installed_models
+from scangraph.settings import GatewaySettings, Settings
+from scangraph.storage import open_storage
+from scangraph.store import accounts, open_store
+from scangraph.store.pipelines import sync_built_in
+from scangraph.tokens import Tokens
+
+log = logging.getLogger("scangraph")
 
 
-def build_gateway(components: tuple[Component, ...], max_body_bytes: int) -> Any:
-    """Return the gateway's class for these components: the backend with the HTTP application in front."""
+def build_gateway(components: tuple[Component, ...], settings: GatewaySettings) -> Any:
+    """Return the gateway's class for these components: the replica with the HTTP application in front."""
 
     def build() -> FastAPI:
         # Called in the replica: state put on an app that is built here would not reach it.
-        return build_app(components, _this_replica, max_body_bytes)
+        return build_app(components, _services, settings)
 
-    return serve.ingress(build)(GatewayBackend)
+    return serve.ingress(build)(Gateway)
 
 
-class GatewayBackend:
-    """Implements `Backend` with handles.
+class Gateway:
+    """Opens what the routes need.
 
     Parameters
     ----------
+    settings : Settings
+        All of them; the gateway is a control plane.
     components : tuple of Component
         What is offered.
     executor : DeploymentHandle
-        Runs it.
-    model_folders : tuple of Path
-        Where models are looked for.
+        Told when there is work.
+    imageio : DeploymentHandle
+        Looks into uploads.
     """
 
-    def __init__(
-        self, components: tuple[Component, ...], executor: DeploymentHandle[Any], model_folders: tuple[Path, ...]
-    ) -> None:
-        self.components = {component.id: component for component in components}
-        self._execute = executor.options(method_name="execute", stream=True)
-        self._model_folders = model_folders
-
-    async def execute(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
-        execution_id: str,
-        component: Component,
-        paths: Mapping[str, Any],
-        parameters: Mapping[str, Any],
-        scheme: str | None,
-    ) -> Any:
-        """Run a component to its end."""
-        answer: Any = None
-        try:
-            response = self._execute.remote(execution_id, component.id, dict(paths), dict(parameters), scheme)
-            async for item in cast("DeploymentResponseGenerator[Any]", response):
-                answer = item
-        except RayError as error:
-            cause = own_error(error)
-            if cause is error:  # not raised by our code: the executor's own process is gone
-                reason = "its process died; nothing was written, send the request again"
-                raise StageUnavailable(deployment="executor", reason=reason) from error
-            raise cause from None
-        if not hasattr(answer, "paths"):
-            raise StageFailed(component=component.id, error="no answer", execution_id=execution_id)
-        return answer
+        settings: Settings,
+        components: tuple[Component, ...],
+        executor: DeploymentHandle[Any],
+        imageio: DeploymentHandle[Any],
+    ) -> None:
+        store = await open_store(settings.database)
+        made = await accounts.ensure_admin(store, settings.data)
+        if made is not None:
+            log.warning("the first account is admin; its password is in %s", made)
+        specs = built_in_pipelines(components, {number: label.name for number, label in label_table().items()})
+        await sync_built_in(store, specs)
+        self._model_folders = settings.model_folders
+        self.services = Services(
+            settings=settings,
+            store=store,
+            storage=open_storage(settings.storage, settings.storage_options),
+            components={component.id: component for component in components},
+            tokens=Tokens(settings.auth, settings.data / "keys"),
+            gate=_Gate(imageio),
+            wake=_waker(executor),
+            readiness=self.readiness,
+            models=self.models,
+        )
 
     async def readiness(self) -> dict[str, str]:
         """Ask Serve's controller for every deployment's state."""
@@ -105,5 +111,32 @@ def _cause(message: str) -> str:
     return lines[-1] if lines else "starting"
 
 
-def _this_replica() -> Backend:
-    return cast("Backend", serve.get_replica_context().servable_object)
+class _Gate:
+    """imageio, as the gateway asks it."""
+
+    def __init__(self, imageio: DeploymentHandle[Any]) -> None:
+        self._inspect = imageio.options(method_name="inspect")
+
+    async def inspect(self, name: str) -> dict[str, Any]:
+        """Look into a stored file."""
+        try:
+            found: dict[str, Any] = await self._inspect.remote(name)
+        except RayError as error:
+            cause = own_error(error)
+            if isinstance(cause, ScanGraphError):
+                raise cause from None
+            raise StageUnavailable(deployment="imageio", reason="its process died; send the request again") from error
+        return found
+
+
+def _waker(executor: DeploymentHandle[Any]) -> Callable[[], Awaitable[None]]:
+    wake = executor.options(method_name="wake")
+
+    async def call() -> None:
+        wake.remote()  # not awaited: it finds the work by itself within a second
+
+    return call
+
+
+def _services() -> Services:
+    return cast("Gateway", serve.get_replica_context().servable_object).services

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.gateway.flow import Flow
 from scangraph.contracts.errors import ScanGraphError
 from scangraph.handles import new_execution_id, own_error
 
@@ -24,15 +27,32 @@ RETRY_AFTER_SECONDS = 5
 _STATUS_CODES = {
     404: "not-found",
     405: "method-not-allowed",
+    408: "upload-incomplete",
     413: "body-too-large",
     415: "unsupported-media",
     503: "overloaded",
 }
-_STATUS_TITLES = {404: "There is nothing at this address", 405: "The address does not know this method"}
+_STATUS_TITLES = {
+    404: "There is nothing at this address",
+    405: "The address does not know this method",
+    408: "The request did not arrive in time",
+    413: "The request is too large",
+}
+#: Where a route finds the limit of its request's body (`allow_body`), and bytes that end a silence.
+_ALLOWED = "scangraph.body"
+_LIVELY = 1024
 
 
 def problem(
-    status: int, code: str, title: str, detail: str, *, instance: str, trace_id: str, errors: list[Any] | None = None
+    status: int,
+    code: str,
+    title: str,
+    detail: str,
+    *,
+    instance: str,
+    trace_id: str,
+    errors: list[Any] | None = None,
+    retry_after: int | None = None,
 ) -> Response:
     """Build the answer."""
     body: dict[str, Any] = {
@@ -45,7 +65,9 @@ def problem(
     body["trace_id"] = trace_id
     if errors:
         body["errors"] = errors
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in {429, 503} else {}
+    headers = {"Retry-After": str(retry_after or RETRY_AFTER_SECONDS)} if status in {429, 503} else {}
+    if status == 401:
+        headers["WWW-Authenticate"] = 'Bearer realm="scangraph"'
     return Response(json.dumps(body, ensure_ascii=False), status, headers, "application/problem+json")
 
 
@@ -60,11 +82,12 @@ def from_error(error: ScanGraphError, request: Request) -> Response:
         instance=request.url.path,
         trace_id=trace_id,
         errors=error.fields.get("errors"),
+        retry_after=error.fields.get("retry_after_seconds"),
     )
 
 
-def install(app: FastAPI, max_body_bytes: int) -> None:
-    """Give an app these answers for everything that can go wrong in it."""
+def install(app: FastAPI, max_body_bytes: int, stall_seconds: float = 20) -> None:
+    """Give an app these answers for everything that can go wrong in it, and the limits of what it reads."""
 
     @app.exception_handler(ScanGraphError)
     async def ours(request: Request, error: ScanGraphError) -> Response:
@@ -86,6 +109,10 @@ def install(app: FastAPI, max_body_bytes: int) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's answer to a body that is no text, or nested too deeply
+            detail = f"{error.detail}: it must be JSON in UTF-8"
+            where, trace_id = request.url.path, new_execution_id()
+            return problem(422, "invalid-request", "The request does not fit", detail, instance=where, trace_id=trace_id)
         code = _STATUS_CODES.get(error.status_code, "http-error")
         title = _STATUS_TITLES.get(error.status_code, str(error.detail))
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
@@ -103,39 +130,68 @@ def install(app: FastAPI, max_body_bytes: int) -> None:
         detail = f"The service failed in a way nobody foresaw; its log has the details under trace {trace_id}."
         return problem(500, "internal-error", "The service failed", detail, instance=request.url.path, trace_id=trace_id)
 
-    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
+    app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes, stall_seconds=stall_seconds)
+    app.add_middleware(Flow)
 
 
 class BodyLimit:
-    """Refuses bodies over a limit while they come in, declared or not: Serve itself buffers whatever is sent."""
+    """Refuses bodies that are too large or do not come, while they are read: Serve itself buffers whatever is sent.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app, self._limit = app, max_body_bytes
+    Parameters
+    ----------
+    max_body_bytes : int
+        Limit for every request whose route does not ask for more (`allow_body`).
+    stall_seconds : float
+        Silence after which a body is given up. A kilobyte ends a silence: one that drips takes as long as one that stopped.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, stall_seconds: float = 20) -> None:
+        self._app, self._limit, self._stall = app, max_body_bytes, stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102 - ASGI's own signature
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        path = scope["path"]
-        if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(path)(scope, receive, send)
-            return
-        seen = 0
+        allowed = scope[_ALLOWED] = {"bytes": self._limit}
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        declared = int(length) if length.isdigit() else 0
+        seen, fresh, waited, more = 0, 0, 0.0, True
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._limit:
-                raise HTTPException(413, f"the body has more than {self._limit} bytes")
+        async def checked() -> Message:
+            nonlocal seen, fresh, waited, more
+            if not more:
+                return await receive()  # the client's departure; it may take its time
+            if declared > allowed["bytes"]:
+                raise _too_large(allowed["bytes"])
+            begun = time.monotonic()
+            try:
+                async with asyncio.timeout(self._stall - waited):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body stopped for {self._stall:g} s after {seen} bytes"
+                raise HTTPException(408, detail, {"Connection": "close"}) from None
+            size = len(message.get("body", b""))
+            seen, fresh, waited, more = seen + size, fresh + size, waited + time.monotonic() - begun, _more(message)
+            if fresh >= _LIVELY:
+                fresh, waited = 0, 0.0
+            if seen > allowed["bytes"]:
+                raise _too_large(allowed["bytes"])
             return message
 
-        await self._app(scope, counted, send)
+        await self._app(scope, checked, send)
 
-    def _refuse(self, path: str) -> Response:
-        detail = f"The body may have {self._limit} bytes. Put images into the storage and send their paths."
-        return problem(413, "body-too-large", "The request is too large", detail, instance=path, trace_id=new_execution_id())
+
+def allow_body(request: Request, max_body_bytes: int) -> None:
+    """Let a request have a larger body; for routes that stream it."""
+    request.scope[_ALLOWED]["bytes"] = max_body_bytes
+
+
+def _more(message: Message) -> bool:
+    return message["type"] == "http.request" and bool(message.get("more_body", False))
+
+
+def _too_large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body may have {limit} bytes; send images as files (POST /v1/files)")
 
 
 def _pointer(location: tuple[Any, ...] | list[Any]) -> str:
@@ -171,3 +227,8 @@ def problem_schema() -> Mapping[str, Any]:
             }
         },
     }
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Describe the problems that a route may answer, for OpenAPI."""
+    return {status: dict(problem_schema()) for status in statuses}

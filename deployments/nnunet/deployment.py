@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments.nnunet.components import COMPONENTS, SegmentParameters
+from scangraph.models import choose_model
 from scangraph.settings import NnunetSettings
 from scangraph.stage import Report, Stage, StepOutput
 
@@ -25,8 +27,13 @@ class Nnunet(Stage):
         self._segment = segmentation.segment
         device = segmentation.pick_device(settings.num_gpus or 0)
         self._models = segmentation.ModelStore(model_folders, device, settings.models_held)
-        self._device = str(device)
+        self._device, self._folders = str(device), model_folders
         super().__init__({component: partial(self._run, component.id) for component in COMPONENTS})
+
+    async def identity(self, component_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the model that would be used: another one gives another result."""
+        chosen = await asyncio.to_thread(choose_model, self._folders, component_id, parameters.get("model"))
+        return {"model": chosen.describe()}
 
     def _run(self, task: str, inputs: Mapping[str, Any], parameters: SegmentParameters, report: Report) -> StepOutput:
         report(0, 0, "loading the model")

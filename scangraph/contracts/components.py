@@ -93,13 +93,24 @@ class Component(BaseModel):
         return described
 
 
+#: The message of a step that is in its stage's queue.
+WAITING = "waiting"
+
+
 @dataclass(frozen=True)
 class Progress:
-    """How far a step is: `done` of `total` units (tiles, structures), 0 of 0 where nothing can be counted."""
+    """How far a step is: `done` of `total` units (tiles, structures), 0 of 0 where nothing can be counted.
+
+    Parameters
+    ----------
+    resources : dict, optional
+        What the process that works on it uses: `cpu_percent` (100 is one core), `rss_mb`.
+    """
 
     done: int
     total: int
     message: str = ""
+    resources: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

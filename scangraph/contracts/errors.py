@@ -21,15 +21,24 @@ class Wire(NamedTuple):
 
 #: HTTP status -> gRPC status name and WebSocket close code. The one table for every door.
 STATUS_NAMES: dict[int, Wire] = {
+    400: Wire("INVALID_ARGUMENT", 4400),
+    401: Wire("UNAUTHENTICATED", 4401),
     403: Wire("PERMISSION_DENIED", 4403),
     404: Wire("NOT_FOUND", 4404),
     405: Wire("UNIMPLEMENTED", 4405),
+    408: Wire("DEADLINE_EXCEEDED", 4408),
     409: Wire("ABORTED", 4409),
+    412: Wire("FAILED_PRECONDITION", 4412),
     413: Wire("RESOURCE_EXHAUSTED", 4413),
     415: Wire("INVALID_ARGUMENT", 4415),
+    416: Wire("OUT_OF_RANGE", 4416),
     422: Wire("INVALID_ARGUMENT", 4422),
+    428: Wire("FAILED_PRECONDITION", 4428),
+    429: Wire("RESOURCE_EXHAUSTED", 4429),
+    460: Wire("DATA_LOSS", 4460),
     500: Wire("INTERNAL", 4500),
     503: Wire("UNAVAILABLE", 4503),
+    504: Wire("DEADLINE_EXCEEDED", 4504),
     507: Wire("RESOURCE_EXHAUSTED", 4507),
 }
 
@@ -321,3 +330,207 @@ class NotRunning(TransientError):
 
     code, title = "not-running", "No scangraph is running here"
     template = "No running scangraph was found {where}. Start one with `scangraph serve` (or `make serve`)."
+
+
+class StepTimedOut(FatalError):
+    """A step took longer than it may."""
+
+    code, status, title = "step-timed-out", 504, "A step took too long"
+    template = "Step {step!r} ({component}) was stopped after {seconds:g} s, the longest it may take."
+
+
+# --- the service -----------------------------------------------------------------------------------------------------------
+
+
+class Unauthenticated(UsageError):
+    """No valid token."""
+
+    code, status, title = "unauthenticated", 401, "Who are you?"
+    template = "{reason}. Send `Authorization: Bearer <token>`; POST /v1/auth/login gives one."
+
+
+class Forbidden(UsageError):
+    """A valid token whose role may not do this."""
+
+    code, status, title = "forbidden", 403, "Your role may not do this"
+    template = "{action} needs the role {needed}; yours is {role}."
+
+
+class NoSuch(UsageError):
+    """Nothing of that id, or nothing that this account may see."""
+
+    code, status, title = "not-found", 404, "There is no such thing"
+    template = "There is no {kind} {id!r}, or it is not yours."
+
+
+class AlreadyEnded(UsageError):
+    """Terminal states never change."""
+
+    code, status, title = "already-ended", 409, "The execution has ended"
+    template = "Execution {execution_id} is {state} and stays so; {hint}."
+
+
+class NotEnded(UsageError):
+    """Only what failed or was cancelled is tried again."""
+
+    code, status, title = "not-retryable", 409, "The execution is not one to retry"
+    template = "Execution {execution_id} is {state}; only failed and cancelled ones are retried."
+
+
+class InvalidPipeline(UsageError):
+    """A pipeline whose parts do not fit; `errors` points at each."""
+
+    code, title = "invalid-pipeline", "The pipeline does not fit together"
+
+
+class InvalidInputs(UsageError):
+    """An execution's inputs do not fit its pipeline; `errors` points at each."""
+
+    code, title = "invalid-inputs", "The inputs do not fit the pipeline"
+
+
+class NameTaken(UsageError):
+    """Names are unique."""
+
+    code, status, title = "name-taken", 409, "The name is taken"
+    template = "There is a {kind} {name!r} already."
+
+
+class InUse(UsageError):
+    """What running work needs is not deleted."""
+
+    code, status, title = "in-use", 409, "It is in use"
+    template = "{kind} {id!r} is used by {users}; {hint}."
+
+
+class BuiltIn(UsageError):
+    """What comes with the service is not changed."""
+
+    code, status, title = "built-in", 409, "It comes with the service"
+    template = "Pipeline {name!r} is built in and cannot be changed; copy it under another name."
+
+
+class PreconditionRequired(UsageError):
+    """A change that does not say what it changes."""
+
+    code, status, title = "precondition-required", 428, "Say which revision you change"
+    template = "Send `If-Match` with the ETag that GET gave."
+
+
+class PreconditionFailed(UsageError):
+    """Somebody else was faster."""
+
+    code, status, title = "precondition-failed", 412, "It was changed since you read it"
+    template = "The {kind} {id!r} is at {etag} now. Read it again and repeat the change."
+
+
+class IdempotencyMismatch(UsageError):
+    """A key that was used for another request."""
+
+    code, title = "idempotency-mismatch", "The Idempotency-Key was used for another request"
+    template = "Idempotency-Key {key!r} came with another body before. Use a new key for a new request."
+
+
+class InvalidCursor(UsageError):
+    """A cursor that this service did not give."""
+
+    code, title = "invalid-cursor", "The cursor is not one of ours"
+    template = "`cursor` must be a `next_cursor` from the same list."
+
+
+class UnsatisfiableRange(UsageError):
+    """A range beyond the file's end."""
+
+    code, status, title = "unsatisfiable-range", 416, "The file ends before this range"
+    template = "The file has {size} bytes."
+
+
+class UploadTooLarge(UsageError):
+    """More bytes than a file may have."""
+
+    code, status, title = "upload-too-large", 413, "The file is too large"
+    template = "A file may have {limit} bytes."
+
+
+class UploadIncomplete(UsageError):
+    """A body that ended, or stalled, before it was whole."""
+
+    code, status, title = "upload-incomplete", 408, "The request did not arrive in time"
+    template = "{detail} Nothing was kept; send it again, or use resumable uploads (tus) at /v1/uploads."
+
+
+class TooManyRequests(TransientError):
+    """Slow down."""
+
+    code, status, title = "too-many-requests", 429, "Too many requests"
+    template = "{what} Try again in {retry_after_seconds} s."
+
+
+class QueueFull(TransientError):
+    """More is waiting than may."""
+
+    code, status, title = "queue-full", 429, "The queue is full"
+    template = "{waiting} executions wait {whose}, and no more than {limit} may. Try again in {retry_after_seconds} s."
+
+
+class StoreUnavailable(TransientError):
+    """The database does not answer."""
+
+    code, title = "store-unavailable", "The service's records cannot be reached"
+    template = "The database did not answer ({reason}); nothing was changed. Try again in {retry_after_seconds} s."
+
+
+class StorageUnavailable(TransientError):
+    """The object storage does not answer."""
+
+    code, title = "storage-unavailable", "The storage cannot be reached"
+    template = "{path!r}: the storage did not answer ({reason}). Nothing was lost; try again."
+
+
+class LeaseLost(TransientError):
+    """Another executor has taken this execution over."""
+
+    code, title = "lease-lost", "Another executor has this execution"
+    template = "Execution {execution_id} was taken over; this attempt ends without a trace."
+
+
+class DigestMismatch(UsageError):
+    """What arrived is not what was sent."""
+
+    code, title = "digest-mismatch", "The bytes that arrived are not the ones that were sent"
+    template = "{algorithm} of what arrived is not the one that was announced; send it again."
+
+
+class ChecksumMismatch(UsageError):
+    """A part of a resumable upload arrived damaged (tus' own status)."""
+
+    code, status, title = "checksum-mismatch", 460, "The part arrived damaged"
+    template = "The part does not have the {algorithm} that was announced; nothing of it was kept, send it again."
+
+
+class UploadConflict(UsageError):
+    """A part that does not follow what is there."""
+
+    code, status, title = "upload-conflict", 409, "The part does not fit on"
+    template = "{reason}; HEAD says where to go on."
+
+
+class TusVersion(UsageError):
+    """Another version of the protocol."""
+
+    code, status, title = "tus-version", 412, "This is tus 1.0"
+    template = "Send `Tus-Resumable: 1.0.0`."
+
+
+class InvalidUpload(UsageError):
+    """A resumable upload's headers do not say what they must."""
+
+    code, status, title = "invalid-upload", 400, "The upload's headers do not fit"
+    template = "{header}: {reason}."
+
+
+class DamagedResult(FatalError):
+    """A kept result whose bytes are not what was written."""
+
+    code, title = "damaged-result", "A kept result is damaged"
+    template = "A kept result cannot be used: {reason}."

@@ -19,8 +19,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from deployments.imageio.nifti import write_nifti
 from graph import COMPONENTS
+from scangraph.accounts_cli import local_token
 from scangraph.contracts import LabelMap
-from scangraph.settings import Settings
+from scangraph.settings import Settings, load_settings
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "cluster/serve.yaml"
@@ -108,6 +109,8 @@ def test_it_deploys_to_a_second_ray(tmp_path: Path) -> None:
             assert done.stdout.strip().splitlines()[-1].startswith("RUNNING"), done.stdout + done.stderr[-3000:]
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
                 wait_until_ready(client)
+                bearer = local_token(load_settings(data=tmp_path / "data"))
+                client.headers["Authorization"] = f"Bearer {bearer}"
                 mask = LabelMap(np.pad(np.full((5, 5, 5), 2, np.uint8), 3), (1, 1, 1), labels=(2,))
                 (tmp_path / "data/storage/mask.nii.gz").write_bytes(write_nifti(mask))
                 answer = client.post("/smoothing/base", json={"mask_path": "mask.nii.gz"})

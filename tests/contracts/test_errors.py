@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import string
 
 import cloudpickle
@@ -80,7 +81,7 @@ def test_survives_pickle_as_the_cause_of_another() -> None:
 @every_error
 def test_says_its_fields(cls: type[ScanGraphError]) -> None:
     text = str(example(cls))
-    assert "a {b}" in text
+    assert "a {b}" in text or "{" not in cls.template
     assert text == example(cls).detail
 
 
@@ -89,7 +90,7 @@ def test_missing_fields_show_as_their_names(cls: type[ScanGraphError]) -> None:
     names = {name for _, name, _, _ in string.Formatter().parse(cls.template) if name}
     text = str(cls())
     assert all("{" + name + "}" in text for name in names)
-    assert text == cls.template.replace("!r", "").replace(":.0f", "")
+    assert text == re.sub(r"\{(\w+)[^}]*\}", r"{\1}", cls.template)
 
 
 def test_sentences_known_answers() -> None:
@@ -113,7 +114,7 @@ def test_status_is_in_the_table(cls: type[ScanGraphError]) -> None:
 @every_error
 def test_kind_and_status_fit(cls: type[ScanGraphError]) -> None:
     kinds = [kind for kind in (UsageError, TransientError, FatalError) if issubclass(cls, kind)]
-    allowed = {UsageError: range(400, 500), TransientError: (503, 507), FatalError: (500,)}
+    allowed = {UsageError: range(400, 500), TransientError: (429, 503, 507), FatalError: (500, 504)}
     assert len(kinds) == (0 if cls is ScanGraphError else 1)
     assert all(cls.status in allowed[kind] for kind in kinds)
 
@@ -127,7 +128,8 @@ def test_codes_are_unique_and_plain() -> None:
 
 
 def test_wire_names() -> None:
-    grpc = "INVALID_ARGUMENT NOT_FOUND ABORTED PERMISSION_DENIED RESOURCE_EXHAUSTED UNIMPLEMENTED INTERNAL UNAVAILABLE"
+    grpc = "INVALID_ARGUMENT NOT_FOUND ABORTED PERMISSION_DENIED RESOURCE_EXHAUSTED UNIMPLEMENTED INTERNAL UNAVAILABLE "
+    grpc += "UNAUTHENTICATED DEADLINE_EXCEEDED FAILED_PRECONDITION OUT_OF_RANGE DATA_LOSS"
     assert {wire.grpc for wire in STATUS_NAMES.values()} <= set(grpc.split())
     closes = [wire.websocket for wire in STATUS_NAMES.values()]
     assert closes == [4000 + status for status in STATUS_NAMES]  # 4000-4999 is for applications (RFC 6455)

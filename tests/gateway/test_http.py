@@ -12,14 +12,16 @@ import psutil
 import pytest
 
 from deployments.imageio.nifti import read_nifti, write_nifti
+from scangraph.accounts_cli import local_token
 from scangraph.contracts import LabelMap, label_table
 from scangraph.phantoms import Phantom
 from scangraph.settings import Settings
 
 
 @pytest.fixture(scope="module")
-def client(service: str) -> Any:
-    with httpx.Client(base_url=service, timeout=300) as client:
+def client(service: str, service_settings: Settings) -> Any:
+    headers = {"Authorization": f"Bearer {local_token(service_settings, minutes=120)}"}
+    with httpx.Client(base_url=service, timeout=300, headers=headers) as client:
         yield client
 
 
@@ -75,12 +77,15 @@ def test_openapi_describes_every_component(client: httpx.Client) -> None:
 
 
 def test_the_main_job_by_http(client: httpx.Client, storage: Path, phantom: Phantom) -> None:
-    """CT in, mask and scene out; the second call loads nothing and gives the same mask."""
+    """CT in, mask and scene out; what is known is not computed again, and a model is loaded once."""
     body = {"image_D_path": "delayed.nii.gz"}
     first = client.post("/inference/ureter", json=body)
     assert first.status_code == 200, first.text
     second = client.post("/inference/ureter", json=body).json()
-    assert second["facts"]["model_loaded"] is False
+    assert (first.json()["attempts"], second["attempts"]) == (1, 0)
+    third = client.post("/inference/ureter", json={**body, "step_size": 0.6}).json()
+    assert third["attempts"] == 1
+    assert third["facts"]["model_loaded"] is False
     assert second["mask_path"] != first.json()["mask_path"]  # results are never overwritten
     masks = [read_nifti((storage / a["mask_path"]).read_bytes(), "m.nii.gz", as_mask=True) for a in (first.json(), second)]
     assert np.array_equal(masks[0].array, masks[1].array)

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from scangraph import models
-from scangraph.cli import manifest_of_nnunet
 from scangraph.contracts.errors import InvalidModel, ModelNotFound, UnknownComponent, UsageError
+from scangraph.local_cli import manifest_of_nnunet
 from tests.conftest import ROOT
 
 SHIPPED = ROOT / "models"

@@ -1,0 +1,117 @@
+"""The stages as the executor sees them: calls that give references, are tried again when a process dies, raise our errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from scangraph.contracts import Component
+from scangraph.contracts.errors import ScanGraphError, StageUnavailable, TransientError
+from scangraph.handles import LOST, OnLost, OnProgress, StepResult, own_error, run_step
+
+T = TypeVar("T")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed in a moment. A full disk or too little memory stays as it is: those are 507."""
+    return isinstance(error, LOST) or (isinstance(error, TransientError) and error.status == 503)
+
+
+class Stages:
+    """Handles by deployment name.
+
+    Parameters
+    ----------
+    handles : mapping
+        Of every stage, imageio included.
+    attempts : int
+        How often a call is tried.
+    """
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], attempts: int) -> None:
+        self._handles, self._attempts = handles, attempts
+
+    async def identity(self, component: Component, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what besides version, parameters and inputs decides a component's result: its model."""
+        handle = self._handles[component.deployment].options(method_name="identity")
+        found: dict[str, Any] = await self._ask(component.deployment, lambda: handle.remote(component.id, dict(parameters)))
+        return found
+
+    async def run(
+        self,
+        component: Component,
+        inputs: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        token: str,
+        on_progress: OnProgress,
+        on_lost: OnLost,
+        attempts: int,
+    ) -> StepResult:
+        """Run a component on references."""
+        return await run_step(
+            self._handles[component.deployment],
+            component,
+            inputs,
+            parameters,
+            execution_id=token,
+            on_progress=on_progress,
+            on_lost=on_lost,
+            attempts=attempts,
+        )
+
+    async def read(self, path: str, kind: str, scheme: str | None) -> Any:
+        """Return a reference to what a stored file holds."""
+        return await self._imageio_ref("read", path, kind == "mask", scheme if kind == "mask" else None)
+
+    async def sha256(self, path: str) -> str:
+        """Return a stored file's hash."""
+        return str(await self._imageio("sha256", path))
+
+    async def save(self, ref: Any, kind: str, stem: str) -> list[dict[str, Any]]:
+        """Write a result for people, and describe its files."""
+        return list(await self._imageio("save", ref, kind, stem))
+
+    async def keep(self, ref: Any, name: str) -> int:
+        """Write a step's output for later runs, and return its size."""
+        return int(await self._imageio("keep", ref, name))
+
+    async def recall(self, name: str) -> Any:
+        """Return a reference to a kept output."""
+        return await self._imageio_ref("recall", name)
+
+    async def _imageio(self, method: str, *arguments: Any) -> Any:
+        handle = self._handles["imageio"].options(method_name=method)
+        return await self._ask("imageio", lambda: handle.remote(*arguments))
+
+    async def _imageio_ref(self, method: str, *arguments: Any) -> Any:
+        handle = self._handles["imageio"].options(method_name=method)
+
+        async def call() -> Any:
+            response: Any = handle.remote(*arguments)
+            ref = await response._to_object_ref()
+            await ref
+            return ref
+
+        return await self._ask("imageio", call)
+
+    async def _ask(self, deployment: str, call: Callable[[], Awaitable[T]]) -> T:
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return await call()
+            except DeploymentUnavailableError as error:
+                raise StageUnavailable(deployment=deployment, reason="it could not be started; see /readyz") from error
+            except (RayError, ScanGraphError) as error:
+                cause = own_error(error)
+                if not is_transient(cause):
+                    raise cause from None
+                if attempt == self._attempts:
+                    if isinstance(cause, ScanGraphError):
+                        raise cause from None
+                    raise StageUnavailable(deployment=deployment, reason=f"it died {attempt} times") from error
+            await asyncio.sleep(min(2**attempt, 10))
+        raise AssertionError("unreachable")

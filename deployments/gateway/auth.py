@@ -1,0 +1,204 @@
+"""Who asks, and what they may."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any, NamedTuple
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from limits import RateLimitItemPerMinute
+from limits.aio.storage import MemoryStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+
+from deployments.gateway.problems import documented
+from deployments.gateway.services import Access, Services
+from scangraph.contracts.api import Credentials, Identity, RefreshRequest, Role, Tokens
+from scangraph.contracts.errors import Forbidden, TooManyRequests, Unauthenticated
+from scangraph.store import accounts
+from scangraph.store.tables import Account
+
+#: Each role may do what those before it may: a viewer looks, an operator runs and uploads, an editor makes pipelines.
+_ORDER: tuple[Role, ...] = ("viewer", "operator", "editor", "admin")
+#: For how long a replica believes what it knows of accounts and revoked tokens.
+_STANDING_SECONDS = 1.0
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="bearer", bearerFormat="JWT", description="from POST /v1/auth/login")
+
+
+class Principal(NamedTuple):
+    """Who asks."""
+
+    account_id: str
+    name: str
+    role: Role
+    jti: str
+    expires_at: datetime
+    epoch: int = 0
+
+    def may(self, role: Role) -> bool:
+        """Whether this one may do what needs a role."""
+        return _ORDER.index(self.role) >= _ORDER.index(role)
+
+    def sees(self, owner_id: str | None) -> bool:
+        """Whether this one sees an execution or a file of that owner."""
+        return self.role == "admin" or (owner_id is not None and owner_id == self.account_id)
+
+
+class Standings:
+    """A replica's knowledge of which tokens are still good, looked up at most once a second for all requests together."""
+
+    def __init__(self) -> None:
+        self._known: accounts.Standing | None = None
+        self._until = 0.0
+        self._lock = asyncio.Lock()
+
+    async def get(self, services: Services) -> accounts.Standing:
+        """Return it."""
+        if self._known is None or time.monotonic() > self._until:
+            async with self._lock:
+                if self._known is None or time.monotonic() > self._until:
+                    self._known = await accounts.standing(services.store)
+                    self._until = time.monotonic() + _STANDING_SECONDS
+        return self._known
+
+    def forget(self) -> None:
+        """Look again at the next request."""
+        self._until = 0.0
+
+
+def _standings(services: Services) -> Standings:
+    found: Standings = services.state.setdefault("standings", Standings())
+    return found
+
+
+async def authenticate(services: Services, token: str) -> Principal:
+    """Return who a token belongs to; raises `Unauthenticated`."""
+    claims = services.tokens.verify(token)
+    principal = Principal(claims.account_id, claims.name, claims.role, claims.jti, claims.expires_at, claims.epoch)
+    if not await still_good(services, principal):
+        raise Unauthenticated(reason="The token was revoked")
+    return principal
+
+
+async def still_good(services: Services, principal: Principal) -> bool:
+    """Whether a token that was good is good now."""
+    standing = await _standings(services).get(services)
+    return principal.jti not in standing.revoked and standing.epochs.get(principal.account_id) == principal.epoch
+
+
+def requires(services: Access, role: Role) -> Callable[..., Awaitable[Principal]]:
+    """Return the dependency that lets only this role, and those above it, pass."""
+
+    async def principal(
+        request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    ) -> Principal:
+        if bearer is None:
+            raise Unauthenticated(reason="The request has no bearer token")
+        found = await authenticate(services(), bearer.credentials)
+        if not found.may(role):
+            raise Forbidden(action=f"{request.method} {request.url.path}", needed=role, role=found.role)
+        return found
+
+    return principal
+
+
+class LoginLimit:
+    """How often a name, or an address, may try. Kept in the replica's memory: several replicas allow as many times more."""
+
+    def __init__(self, per_minute: int) -> None:
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
+        self._name, self._address = RateLimitItemPerMinute(per_minute), RateLimitItemPerMinute(per_minute * 5)
+
+    async def check(self, name: str, address: str) -> None:
+        """Raise `TooManyRequests` when there were too many failures; a success counts nothing."""
+        for limit, key in self._keys(name, address):
+            if not await self._limiter.test(limit, *key):
+                reset, _ = await self._limiter.get_window_stats(limit, *key)
+                seconds = max(int(reset - time.time()) + 1, 1)
+                raise TooManyRequests(what="Too many failed logins.", retry_after_seconds=seconds)
+
+    async def failed(self, name: str, address: str) -> None:
+        """Count a failure."""
+        for limit, key in self._keys(name, address):
+            await self._limiter.hit(limit, *key)
+
+    def _keys(self, name: str, address: str) -> tuple[tuple[Any, tuple[str, str]], ...]:
+        # The peer's address: what a client says in X-Forwarded-For is not believed, so behind a proxy the address is the
+        # proxy's, and its limit, five times a name's, is everybody's.
+        return (self._name, ("name", name)), (self._address, ("address", address))
+
+
+def auth_routes(services: Access) -> APIRouter:
+    """Make the routes."""
+    router = APIRouter(prefix="/v1", tags=["accounts"])
+    anybody = Depends(requires(services, "viewer"))
+
+    def limit() -> LoginLimit:
+        s = services()
+        found: LoginLimit = s.state.setdefault("login_limit", LoginLimit(s.settings.auth.logins_per_minute))
+        return found
+
+    def answer(s: Services, chain: accounts.Chain, response: Response) -> Tokens:
+        account: Account = chain.account
+        token, _ = s.tokens.sign(account.id, account.name, account.role, account.token_epoch)  # type: ignore[arg-type]
+        response.headers["Cache-Control"] = "no-store"
+        seconds = s.settings.auth.access_seconds
+        return Tokens(access_token=token, expires_in=seconds, refresh_token=chain.token, role=account.role)
+
+    @router.post(
+        "/auth/login",
+        summary="Log in with name and password",
+        operation_id="login",
+        responses=documented(401, 413, 422, 429, 503),
+    )
+    async def login(credentials: Credentials, request: Request, response: Response) -> Tokens:
+        s, address = services(), request.client.host if request.client else ""
+        await limit().check(credentials.username, address)
+        try:
+            account = await accounts.check_password(s.store, credentials.username, credentials.password)
+        except Unauthenticated:
+            await limit().failed(credentials.username, address)
+            raise
+        _standings(s).forget()  # a new account is known at once
+        return answer(s, await accounts.begin_chain(s.store, account, s.settings.auth.refresh_seconds), response)
+
+    @router.post(
+        "/auth/refresh",
+        summary="Change a refresh token for new ones",
+        operation_id="refresh",
+        responses=documented(401, 413, 422, 503),
+    )
+    async def refresh(body: RefreshRequest, response: Response) -> Tokens:
+        s = services()
+        chain = await accounts.next_link(s.store, body.refresh_token, s.settings.auth.refresh_seconds)
+        _standings(s).forget()
+        return answer(s, chain, response)
+
+    @router.post(
+        "/auth/logout",
+        summary="End this token and every refresh token of the account",
+        operation_id="logout",
+        status_code=204,
+        responses=documented(401, 503),
+    )
+    async def logout(*, principal: Principal = anybody) -> None:
+        s = services()
+        await accounts.log_out(s.store, principal.account_id, principal.jti, principal.expires_at)
+        _standings(s).forget()
+
+    @router.get("/auth/me", summary="Who am I?", operation_id="me", responses=documented(401, 503))
+    async def me(*, principal: Principal = anybody) -> Identity:
+        return Identity(
+            account_id=principal.account_id, name=principal.name, role=principal.role, expires_at=principal.expires_at
+        )
+
+    @router.get("/jwks.json", summary="The public keys that our tokens are checked with", operation_id="jwks")
+    async def jwks(response: Response) -> dict[str, Any]:
+        response.headers["Cache-Control"] = "public, max-age=300"
+        return services().tokens.jwks()
+
+    return router

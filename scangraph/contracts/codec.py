@@ -1,0 +1,110 @@
+"""Values as bytes, for keeping a step's result: no pickle, nothing in it is executed, and damage is noticed.
+
+Layout: magic, length and SHA-256 of the rest; a JSON head; then each array's bytes, deflated where that gains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scangraph.contracts.errors import DamagedResult
+from scangraph.contracts.scenes import Scene, Surface
+from scangraph.contracts.volumes import LabelMap, Volume
+
+_MAGIC = b"scangraph\x00\x01\n"
+_FIXED = struct.Struct("<QI32s")  # bytes that follow, bytes of the head, SHA-256 of head and arrays
+#: Masks deflate a hundredfold at the fastest level; CT hardly at all, so a sample of the array decides.
+_LEVEL, _SAMPLE, _GAIN = 1, 1 << 20, 0.8
+
+Value = Volume | LabelMap | Scene | bytes
+
+
+def to_bytes(value: Value) -> bytes:
+    """Encode a value; equal values give equal bytes."""
+    arrays: list[NDArray[Any]] = []
+    head = _describe(value, arrays)
+    packed, entries = [], []
+    for array in arrays:
+        raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
+        sample = raw[:_SAMPLE]
+        deflated = len(sample) > 64 and len(zlib.compress(sample, _LEVEL)) < _GAIN * len(sample)
+        data = zlib.compress(raw, _LEVEL) if deflated else bytes(raw)
+        entries.append(
+            {"dtype": array.dtype.newbyteorder("<").str, "shape": array.shape, "size": len(data), "deflated": deflated}
+        )
+        packed.append(data)
+    text = json.dumps({**head, "arrays": entries}, separators=(",", ":")).encode()
+    digest = hashlib.sha256(text)
+    for data in packed:
+        digest.update(data)
+    fixed = _FIXED.pack(len(text) + sum(map(len, packed)), len(text), digest.digest())
+    return b"".join((_MAGIC, fixed, text, *packed))
+
+
+def from_bytes(data: bytes) -> Value:
+    """Decode a value; its arrays are read-only, as those from the object store are.
+
+    Raises
+    ------
+    DamagedResult
+        If a single bit is not what was written.
+    """
+    start = len(_MAGIC) + _FIXED.size
+    if len(data) < start or data[: len(_MAGIC)] != _MAGIC:
+        raise DamagedResult(reason="it does not begin as one")
+    size, head_size, digest = _FIXED.unpack(data[len(_MAGIC) : start])
+    if len(data) != start + size or head_size > size:
+        raise DamagedResult(reason=f"it has {len(data) - start} bytes, {size} were written")
+    if hashlib.sha256(memoryview(data)[start:]).digest() != digest:
+        raise DamagedResult(reason="its checksum does not fit")
+    head = json.loads(data[start : start + head_size])
+    at, arrays = start + head_size, []
+    for entry in head["arrays"]:
+        raw = memoryview(data)[at : at + entry["size"]]
+        at += entry["size"]
+        array = np.frombuffer(zlib.decompress(raw) if entry["deflated"] else raw, np.dtype(entry["dtype"]))
+        arrays.append(array.reshape(entry["shape"]))
+    return _build(head, arrays)
+
+
+def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
+    if isinstance(value, Volume):
+        arrays.append(value.array)
+        geometry = {"spacing_mm": value.spacing_mm, "origin_mm": value.origin_mm, "direction": value.direction}
+        if isinstance(value, LabelMap):
+            return {"type": "LabelMap", **geometry, "labels": value.labels}
+        return {"type": "Volume", **geometry}
+    if isinstance(value, Scene):
+        surfaces = []
+        for surface in value.surfaces:
+            arrays += [surface.vertices_mm, surface.faces]
+            surfaces.append({"name": surface.name, "label": surface.label, "color": surface.color})
+        return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces}
+    if isinstance(value, bytes):
+        arrays.append(np.frombuffer(value, np.uint8))
+        return {"type": "bytes"}
+    raise TypeError(f"a {type(value).__name__} is no result of a step")
+
+
+def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
+    if head["type"] == "bytes":
+        return arrays[0].tobytes()
+    if head["type"] == "Scene":
+        surfaces = tuple(
+            Surface(entry["name"], entry["label"], tuple(entry["color"]), arrays[2 * n], arrays[2 * n + 1])
+            for n, entry in enumerate(head["surfaces"])
+        )
+        return Scene(surfaces, head["frame"], tuple(head["notes"]))
+    x, y, z = (tuple(row) for row in head["direction"])
+    geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
+    if head["type"] == "LabelMap":
+        return LabelMap(arrays[0], *geometry, tuple(head["labels"]))
+    return Volume(arrays[0], *geometry)

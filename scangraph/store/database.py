@@ -1,0 +1,196 @@
+"""The connection: engine, transactions, migrations."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable, Coroutine
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, DateTime, Dialect, event, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.types import TypeDecorator
+
+from scangraph.contracts.errors import StoreUnavailable
+
+log = logging.getLogger("scangraph")
+
+_MIGRATIONS = Path(__file__).with_name("migrations")
+#: Any number will do, as long as every process takes the same one (PostgreSQL, `pg_advisory_lock`).
+_MIGRATION_LOCK = 0x5CA9
+
+
+def now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(UTC)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time in every database; SQLite itself knows no zones."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002, D102
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("a time without a zone")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002, D102
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_begun: set[asyncio.Task[Any]] = set()
+
+
+def whole(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Let a transaction that has begun run to its end, also where its caller is cancelled.
+
+    A driver that is interrupted in the middle of `BEGIN` or `COMMIT` leaves a connection of which nobody knows whether it
+    holds the lock (seen with aiosqlite: every writer waited for 30 s). So a cancelled caller leaves at once, and what it began
+    is done or not done as if it had been cancelled a moment later.
+    """
+
+    @functools.wraps(function)
+    async def begun(*arguments: P.args, **named: P.kwargs) -> T:
+        task = asyncio.get_running_loop().create_task(function(*arguments, **named))
+        _begun.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(_ended)
+        return await asyncio.shield(task)
+
+    return begun
+
+
+def _ended(task: asyncio.Task[Any]) -> None:
+    _begun.discard(task)
+    if not task.cancelled():
+        task.exception()  # an abandoned one's failure is nobody's
+
+
+class Store:
+    """Transactions on one database.
+
+    Parameters
+    ----------
+    url : str
+        `sqlite+aiosqlite:///…` or `postgresql+asyncpg://…`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.is_sqlite = url.startswith("sqlite")
+        self.engine = _engine(url)
+        self._read = async_sessionmaker(self.engine, expire_on_commit=False)
+        self._write = async_sessionmaker(self.engine.execution_options(scangraph_write=True), expire_on_commit=False)
+        # SQLite has one writer. Waiting in line here is fair and cheap; between processes its own lock decides.
+        self._line: asyncio.Lock | None = asyncio.Lock() if self.is_sqlite else None
+
+    @contextlib.asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncSession]:
+        """Give a session for looking only: one consistent view, nothing locked."""
+        with _translated():
+            async with self._read() as session:
+                yield session
+
+    @contextlib.asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncSession]:
+        """Give a session whose changes are committed together when the block ends, and dropped when it raises."""
+        with _translated():
+            async with self._line or contextlib.nullcontext(), self._write.begin() as session:
+                yield session
+
+    async def close(self) -> None:
+        """Let the connections go."""
+        await self.engine.dispose()
+
+
+@contextlib.contextmanager
+def _translated() -> Any:
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout, ConnectionError, TimeoutError) as error:
+        log.warning("the database did not answer: %s", error)
+        reason = type(getattr(error, "orig", None) or error).__name__
+        raise StoreUnavailable(reason=reason, retry_after_seconds=2) from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise StoreUnavailable(reason="the connection was lost", retry_after_seconds=2) from error
+        raise
+
+
+def _engine(url: str) -> AsyncEngine:
+    if not url.startswith("sqlite"):
+        return create_async_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10, pool_timeout=10)
+    engine = create_async_engine(url, pool_size=8, max_overflow=4, pool_timeout=30, connect_args={"timeout": 30})
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # The driver would begin transactions by itself, and too late: a read that turns into a write cannot wait its turn.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=FULL")  # an accepted execution survives a power cut
+        cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.close()
+
+    @event.listens_for(engine.sync_engine, "begin")
+    def _begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("scangraph_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def alembic_config(url: str) -> Config:
+    """Return alembic's configuration, for the migrations in this package."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    config.attributes["url"] = url
+    return config
+
+
+@whole
+async def migrate(store: Store) -> None:
+    """Bring the database to the newest schema; safe when many processes start at once."""
+
+    def upgrade(connection: Connection) -> None:
+        config = alembic_config(store.url)
+        config.attributes["connection"] = connection
+        if not store.is_sqlite:  # SQLite: the transaction is the lock, BEGIN IMMEDIATE
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        command.upgrade(config, "head")
+
+    with _translated():
+        async with store.engine.execution_options(scangraph_write=True).begin() as connection:
+            await connection.run_sync(upgrade)
+
+
+async def open_store(url: str) -> Store:
+    """Open the database at its newest schema.
+
+    Raises
+    ------
+    StoreUnavailable
+        If it does not answer.
+    """
+    store = Store(url)
+    try:
+        await migrate(store)
+    except BaseException:
+        await store.close()
+        raise
+    return store

@@ -1,0 +1,52 @@
+"""A real PostgreSQL server for tests, in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scangraph.cluster import free_port
+
+
+def _programs() -> Path:
+    """Where initdb is, newest version first."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), reverse=True)
+    if found:
+        return found[0].parent
+    path = shutil.which("initdb")
+    if path is None:
+        pytest.skip("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    return Path(path).resolve().parent
+
+
+@contextlib.contextmanager
+def postgres_server() -> Iterator[str]:
+    """Give a URL without the database's name; the server ends with the block."""
+    programs, port = _programs(), free_port("127.0.0.1")
+    # It refuses to run as root, and its socket's path must be short.
+    as_owner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    user = "postgres" if as_owner else os.environ.get("USER", "postgres")
+    with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o777)
+        data = f"{folder}/data"
+
+        def call(*command: str) -> None:
+            done = subprocess.run([*as_owner, *command], capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"PostgreSQL does not start here: {done.stderr.strip()[-200:]}")
+
+        call(str(programs / "initdb"), "-D", data, "-A", "trust", "-U", user, "-N")
+        options = f"-p {port} -k {folder} -h 127.0.0.1 -c fsync=off -c max_connections=200"
+        control = str(programs / "pg_ctl")
+        call(control, "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+        try:
+            yield f"postgresql+asyncpg://{user}@127.0.0.1:{port}"
+        finally:
+            subprocess.run([*as_owner, control, "-D", data, "-m", "immediate", "stop"], capture_output=True, check=False)

@@ -96,6 +96,9 @@ def main() -> None:
             setting = "SCANGRAPH_" + "__".join(str(part) for part in fault["loc"]).upper()
             complain(f"Setting {setting}", fault["msg"])
         raise SystemExit(1) from None
+    except OSError as error:  # a folder that may not be written, a disk that is full
+        complain("This machine refuses it", str(error))
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         err.print("Interrupted.")
         raise SystemExit(130) from None

@@ -26,7 +26,7 @@ from scangraph.client.logins import LoginFile
 from scangraph.contracts.api import ExecutionView, InputFile, Priority, Status
 from scangraph.contracts.errors import InvalidInputs, ScanGraphError, Unauthenticated, UsageError
 from scangraph.contracts.pipelines import PipelineSpec, pipeline_name
-from scangraph.terminal import Bars, complain, err, out, parse_parameters
+from scangraph.terminal import Bars, complain, err, out, parse_parameters, show_table
 
 T = TypeVar("T")
 
@@ -206,7 +206,7 @@ def status(
     for view in views:
         name = f"{view.pipeline}@{view.revision}"
         table.add_row(view.execution_id, name, _coloured(view.status), view.priority, _when(view.created_at), _seconds(view))
-    out.print(table)
+    show_table(table)
 
 
 @app.command()
@@ -246,6 +246,8 @@ def _interruptible(work: Callable[[], T], execution: Callable[[], str]) -> T:
         if execution():
             err.print(f"\nIt goes on over there. Look again with `scangraph watch {execution()}`,", markup=False)
             err.print(f"stop it with `scangraph cancel {execution()}`.", markup=False)
+        else:
+            err.print("\nThe server had not answered yet; `scangraph status` shows whether it was started.")
         raise typer.Exit(130) from None
 
 
@@ -279,7 +281,7 @@ def _print_execution(view: ExecutionView) -> None:
         seconds = "" if step.seconds is None else f"{step.seconds:.1f}"
         note = "known from before" if step.cached else escape(step.progress.message) if step.status == "running" else ""
         table.add_row(escape(step.step_id), step.component, _coloured(step.status), seconds, note)
-    out.print(table)
+    show_table(table)
     for warning in view.warnings:
         out.print(f"[yellow]![/yellow] {escape(warning)}")
     if view.error:
@@ -315,6 +317,9 @@ def run_pipeline(wish: Wish, server: str | None, data: Path | None) -> None:
     if wish.batch or any(Path(given).is_dir() for given in wish.inputs):
         _run_batch(wish, name, parameters, priority, server, data)
         return
+    wish.out_dir.mkdir(parents=True, exist_ok=True)  # hours later is too late to find out
+    if not os.access(wish.out_dir, os.W_OK):
+        raise UsageError(detail=f"{wish.out_dir} cannot be written to")
     started: list[str] = []
 
     async def go(client: AsyncClient) -> ExecutionView:
@@ -446,7 +451,7 @@ def _run_batch(
     for record in records:
         seconds = "" if record.seconds is None else f"{record.seconds:.1f}"
         table.add_row(escape(record.case), _coloured(record.status), seconds, escape(record.error))
-    out.print(table)
+    show_table(table)
     err.print(f"{', '.join(f'{number} {state}' for state, number in counts(records))}; see {wish.out_dir / 'results.csv'}")
     if any(record.status != "completed" for record in records):
         raise typer.Exit(1)
@@ -480,7 +485,7 @@ def _list_pipelines(server: str | None, as_json: bool) -> None:
         outputs = ", ".join(view.spec.outputs)
         built_in = "built in" if view.built_in else ""
         table.add_row(view.name, str(view.revision), built_in, inputs, outputs, escape(view.spec.title))
-    out.print(table)
+    show_table(table)
 
 
 @pipelines_app.command("show")
@@ -592,7 +597,7 @@ def _list_files(server: str | None, kind: str | None, limit: int, as_json: bool)
     for view in views:
         name = escape(view.filename)
         table.add_row(view.id, name, view.kind, _size(view.size), view.origin, _when(view.created_at))
-    out.print(table)
+    show_table(table)
 
 
 @files_app.command("upload")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import re
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -28,14 +29,15 @@ from scangraph.contracts.errors import AlreadyWritten, FileMissing, PathRefused,
 _CHUNK = 1024 * 1024
 #: Size of a part of a multipart upload; S3 takes 5 MiB to 5 GiB and at most 10 000 of them, so files may have 80 GB.
 _PART = 8 * 1024 * 1024
-#: What is larger is written in parts where the store takes whole objects only up to some GB.
-_WHOLE = 512 * 1024 * 1024
+#: What is larger goes to S3 in parts: one request must end within the read timeout.
+_WHOLE = 64 * 1024 * 1024
 _FULL = re.compile(r"os error (28|122|27)\b")  # ENOSPC, EDQUOT, EFBIG
 _NOT_A_FOLDER = re.compile(r"os error (20|21|17|39)\b")
 _ABSENT = re.compile(r"os error (2|20)\b")
 
-#: An outage is told within seconds, not minutes: whoever waits can do better than wait.
-_CLIENT: dict[str, Any] = {"connect_timeout": "3s", "timeout": "60s"}
+#: An outage is told within seconds, not minutes: whoever waits can do better than wait. A whole request has no limit, for a
+#: download takes as long as whoever reads it.
+_CLIENT: dict[str, Any] = {"connect_timeout": "3s", "read_timeout": "30s", "timeout": "1day"}
 _RETRY: dict[str, Any] = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=15),
@@ -123,18 +125,24 @@ class Storage:
             return bytes(await answer.bytes_async())
 
     async def stream(self, path: str, start: int = 0, end: int | None = None, chunk: int = _CHUNK) -> AsyncIterator[bytes]:
-        """Yield the bytes from `start` up to, not including, `end`; raises as `read` does, at the first chunk."""
+        """Yield the bytes from `start` up to, not including, `end`; none are beyond its end. Raises as `read` does, at once."""
         name = self.name_of(path)
         if end is not None and end <= start:
             return
         options: Any = {"range": {"offset": start} if end is None else (start, end)} if start or end is not None else None
+        try:
+            with _translated(path):
+                answer = await obstore.get_async(self._store, name, options=options)
+        except StorageUnavailable:  # so it calls a range that begins at the end, too
+            if options is None or (await self.head(path)).size > start:
+                raise
+            return
         with _translated(path):
-            answer = await obstore.get_async(self._store, name, options=options)
             async for part in answer.stream(min_chunk_size=chunk):
                 yield bytes(part)
 
     async def list(self, prefix: str = "") -> AsyncIterator[Stat]:
-        """Yield the files whose name begins with a folder's name."""
+        """Yield the files in a folder and those below it, in no order; none if there is no such folder."""
         with _translated(prefix):
             async for batch in obstore.list(self._store, prefix.rstrip("/") or None):
                 for meta in batch:
@@ -149,18 +157,31 @@ class Storage:
         ------
         AlreadyWritten
             If there is a file of that name: keys are write-once.
+        PathRefused
+            If the name cannot be had, as that below a file.
         StorageFull, StorageUnavailable
         """
         name = self.name_of(path)
-        if len(data) > _WHOLE:
+        if len(data) > _WHOLE and self.local_root is None:
             async with self.writer(path) as file:
                 for start in range(0, len(data), _PART):
                     await file.write(bytes(data[start : start + _PART]))
             return name
-        with _translated(name):
-            await obstore.put_async(self._store, name, data, mode="create")
+        # Race: the answer is lost on its way and the request repeated. What then is there already carries this call's mark.
+        mark = {} if self.local_root is not None else {"writer": uuid.uuid4().hex}
+        try:
+            with _translated(name, writing=True):
+                await obstore.put_async(self._store, name, data, mode="create", attributes=mark or None)
+        except AlreadyWritten:
+            if not mark or await self._mark(name) != mark["writer"]:
+                raise
         await self._settle(name)
         return name
+
+    async def _mark(self, name: str) -> str | None:
+        with _translated(name):
+            attributes: dict[str, str] = dict((await obstore.get_async(self._store, name, options={"head": True})).attributes)
+        return attributes.get("writer")
 
     def writer(self, path: str) -> Writer:
         """Return a context in which a new file is written piece by piece.
@@ -231,7 +252,7 @@ class Writer:
                     raise piece
                 yield piece
 
-        with _translated(self.name):
+        with _translated(self.name, writing=True):
             await obstore.put_async(
                 self._storage._store, self.name, pieces(), use_multipart=True, chunk_size=_PART, max_concurrency=2
             )
@@ -241,18 +262,26 @@ class Writer:
     ) -> None:
         assert self._put is not None
         if error is not None:
-            # The store drops what it has when the source of the pieces raises; a cancelled put would just be left.
-            with contextlib.suppress(BaseException):
-                await asyncio.shield(self._give(_Abandoned()))
-            with contextlib.suppress(BaseException):
-                await asyncio.wait_for(asyncio.shield(self._put), 30)
+            await self._abandon()
             return
-        if self._piece:
-            await self._pass_on()
-        await self._give(None)
+        try:
+            if self._piece:
+                await self._pass_on()
+            await self._give(None)
+        except BaseException:
+            await self._abandon()
+            raise
         await self._put
         self.sha256 = self._hash.hexdigest()
         await self._storage._settle(self.name)
+
+    async def _abandon(self) -> None:
+        """End without a file. The store drops what it has when the source of the pieces raises, not when a put is cancelled."""
+        assert self._put is not None
+        with contextlib.suppress(BaseException):
+            await asyncio.shield(self._give(_Abandoned()))
+        with contextlib.suppress(BaseException):
+            await asyncio.wait_for(asyncio.shield(self._put), 30)
 
 
 class _Abandoned(Exception):
@@ -296,7 +325,7 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _translated(path: str) -> Any:
+def _translated(path: str, writing: bool = False) -> Any:
     """Turn what the store raises into our errors; it tells its kinds of failure apart by their text only."""
     try:
         yield
@@ -311,6 +340,8 @@ def _translated(path: str) -> Any:
             raise StorageFull(path=path, reason="no space left") from error
         if "os error 36" in whole or "InvalidPath" in type(error).__name__ or "are not supported" in text:
             raise PathRefused(path=path, reason="the storage cannot have such a name") from error
+        if writing and _NOT_A_FOLDER.search(whole):
+            raise PathRefused(path=path, reason="a part of it is a file, or it is a folder") from error
         if _NOT_A_FOLDER.search(whole) or _ABSENT.search(whole):
             raise FileMissing(path=path) from error
         raise StorageUnavailable(path=path, reason=text[:200]) from error

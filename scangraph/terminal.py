@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from scangraph.contracts.errors import UsageError
 
@@ -74,6 +75,14 @@ def parse_parameters(pairs: list[str]) -> dict[str, Any]:
         except ValueError:
             values[name] = text
     return values
+
+
+def show_table(table: Table) -> None:
+    """Print a table. The first column, the ids, is always whole; what reads from a pipe gets every cell whole."""
+    ids = table.columns[0]
+    ids.no_wrap, ids.min_width = True, max((len(str(cell)) for cell in ids.cells), default=0)
+    # A wide console of its own: a width that is given to `print` is cut to the console's.
+    (out if out.is_terminal else Console(highlight=False, width=10_000)).print(table)
 
 
 def complain(title: str, detail: str) -> None:

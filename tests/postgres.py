@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from scangraph.cluster import free_port
 
@@ -50,3 +53,13 @@ def postgres_server() -> Iterator[str]:
             yield f"postgresql+asyncpg://{user}@127.0.0.1:{port}"
         finally:
             subprocess.run([*as_owner, control, "-D", data, "-m", "immediate", "stop"], capture_output=True, check=False)
+
+
+async def fresh_database(server: str) -> str:
+    """Make an empty database on a server and return its URL."""
+    name = f"test_{uuid.uuid4().hex}"
+    engine = create_async_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    async with engine.connect() as connection:
+        await connection.execute(text(f"CREATE DATABASE {name}"))
+    await engine.dispose()
+    return f"{server}/{name}"

@@ -1,25 +1,38 @@
-"""S3 servers for tests."""
+"""Real S3 servers for tests: moto's, quick and forgiving, and Ceph's radosgw, which checks signatures."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
 
 from scangraph.cluster import free_port
 
+#: Debian's; all of them, or there is no server.
+_CEPH = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 
-class Moto:
-    """moto's S3 server, in a process that can be ended and started again on the same port (empty then)."""
 
-    def __init__(self) -> None:
-        self.port = free_port("127.0.0.1")
-        self._process: subprocess.Popen[bytes] | None = None
+class S3:
+    """A server on a port of its own, with a bucket `bucket`."""
+
+    url = "s3://bucket"
+
+    def __init__(self, port: int) -> None:
+        self.port = port
 
     @property
     def options(self) -> dict[str, str]:
@@ -32,8 +45,42 @@ class Moto:
             "secret_access_key": "testtest",
         }
 
+    def client(self) -> Any:
+        """Return another library's client, for looking at what is really there."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.options["endpoint"],
+            region_name="us-east-1",
+            aws_access_key_id="test",
+            aws_secret_access_key="testtest",  # noqa: S106 - the test server's
+            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
+        )
+
+    def parts_left(self, prefix: str = "") -> list[str]:
+        """Return the names of uploads in parts that were neither finished nor given up."""
+        client = self.client()
+        try:
+            found = client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
+        finally:
+            client.close()
+        return [upload["Key"] for upload in found if upload["Key"].startswith(prefix)]
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError):
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=5).close()
+            return True
+        return False
+
+
+class Moto(S3):
+    """moto's S3 server, in a process that can be ended and started again on the same port (empty then)."""
+
+    def __init__(self) -> None:
+        super().__init__(free_port("127.0.0.1"))
+        self._process: subprocess.Popen[bytes] | None = None
+
     def start(self) -> None:
-        """Start it, with a bucket `bucket`."""
+        """Start it, with its bucket."""
         program = Path(sys.executable).with_name("moto_server")
         command = [str(program), "-H", "127.0.0.1", "-p", str(self.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -46,11 +93,21 @@ class Moto:
         raise RuntimeError("moto's server did not start")
 
     def stop(self) -> None:
-        """End it."""
+        """End it, as a power cut does."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def pause(self) -> None:
+        """Let it accept connections and answer nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it answer again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
 
 @contextlib.contextmanager
@@ -62,3 +119,91 @@ def moto() -> Iterator[Moto]:
         yield server
     finally:
         server.stop()
+
+
+_CONF = """
+[global]
+fsid = {fsid}
+mon host = [v2:127.0.0.1:{mon}]
+public addr = 127.0.0.1
+cluster addr = 127.0.0.1
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 4
+osd pool default pgp num = 4
+osd pool default pg autoscale mode = off
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon warn on pool no redundancy = false
+mon max pg per osd = 1000
+run dir = {folder}
+admin socket = {folder}/$name.asok
+log file = {folder}/$name.log
+keyring = {folder}/keyring
+mon data = {folder}/mon
+osd data = {folder}/osd
+osd objectstore = memstore
+memstore device bytes = 1073741824
+osd class load list = *
+osd class default list = *
+[client.rgw]
+rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw data = {folder}/rgw
+"""
+
+
+@contextlib.contextmanager
+def radosgw(folder: Path) -> Iterator[S3]:
+    """Run Ceph in memory (one monitor, one disk, no manager) and its S3 gateway until the block ends.
+
+    It takes about ten seconds and half a gigabyte. `folder`'s path must be short: sockets are in it.
+    """
+    if missing := [program for program in _CEPH if shutil.which(program) is None]:
+        wanted = "apt-get install ceph-mon ceph-osd ceph-common radosgw"
+        pytest.skip(f"Ceph's {', '.join(missing)} not installed (Debian: {wanted})")
+    server, fsid, monitor = S3(free_port("127.0.0.1")), str(uuid.uuid4()), free_port("127.0.0.1")
+    conf, keyring, running = folder / "ceph.conf", folder / "keyring", []
+    for name in ("mon", "osd", "rgw"):
+        (folder / name).mkdir(parents=True)
+    conf.write_text(_CONF.format(fsid=fsid, mon=monitor, folder=folder, port=server.port))
+    environment = {**os.environ, "CEPH_CONF": str(conf)}
+
+    def call(*command: str) -> None:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{command[0]}: {done.stderr[-1000:]}")
+
+    def start(*command: str) -> None:
+        quiet = subprocess.DEVNULL
+        running.append(subprocess.Popen([*command, "-f"], env=environment, stdout=quiet, stderr=quiet))
+
+    try:
+        call("ceph-authtool", "--create-keyring", str(keyring), "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+        for name in ("client.admin", "client.rgw", "osd.0"):
+            caps = [word for part in ("mon", "osd", "mgr") for word in ("--cap", part, "allow *")]
+            call("ceph-authtool", str(keyring), "--gen-key", "-n", name, *caps)
+        call("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[v2:127.0.0.1:{monitor}]", str(folder / "monmap"))
+        call("ceph-mon", "--mkfs", "-i", "a", "--monmap", str(folder / "monmap"), "--keyring", str(keyring))
+        start("ceph-mon", "-i", "a")
+        disk = str(uuid.uuid4())
+        call("ceph", "osd", "new", disk)
+        call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
+        start("ceph-osd", "-i", "0")
+        start("radosgw", "-n", "client.rgw")
+        for _ in range(600):
+            if server._answers():
+                break
+            time.sleep(0.1)
+        keys = ("--access-key=test", "--secret=testtest")
+        call("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
+        client = server.client()
+        client.create_bucket(Bucket="bucket")
+        client.close()
+        yield server
+    finally:
+        for process in reversed(running):
+            process.kill()
+            process.wait()

@@ -21,6 +21,8 @@ log = logging.getLogger("scangraph")
 #: How often the queue and the cancels are looked at when nobody calls.
 _LOOK_SECONDS = 1.0
 _CLEAN_SECONDS = 60.0
+#: Looking for orphans lists the whole storage.
+_SWEEP_SECONDS = 6 * 3600.0
 #: What nobody names and is older than this is nobody's any more: longer than any upload or execution takes.
 _ORPHAN_AGE = timedelta(days=2)
 
@@ -42,7 +44,8 @@ class Scheduler:
         self._running: dict[str, tuple[Claim, asyncio.Task[None]]] = {}
         self._stopped_by: dict[str, str] = {}  # execution -> cancel | lost | shutdown
         self._called = asyncio.Event()
-        self._cleaned = time.monotonic()
+        self._cleaned = self._swept = time.monotonic()
+        self._cleaning: asyncio.Task[None] | None = None
         self._loop = asyncio.create_task(self._work(), name="scheduler")
 
     def wake(self) -> None:
@@ -61,8 +64,10 @@ class Scheduler:
 
     async def stop(self) -> None:
         """Stop working and return what is unfinished to the queue."""
-        self._loop.cancel()
-        await asyncio.wait([self._loop])
+        for task in (self._loop, self._cleaning):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
         for execution_id, (_, task) in self._running.items():
             self._stopped_by[execution_id] = "shutdown"
             task.cancel()
@@ -100,7 +105,8 @@ class Scheduler:
             self._start(claim)
         if time.monotonic() - self._cleaned > _CLEAN_SECONDS:
             self._cleaned = time.monotonic()
-            await self._clean()
+            if self._cleaning is None or self._cleaning.done():  # beside the loop: it must not delay the leases
+                self._cleaning = asyncio.create_task(self._clean(), name="cleaning")
 
     def _start(self, claim: Claim) -> None:
         task = asyncio.create_task(self._run(claim), name=f"execution {claim.execution_id}")
@@ -147,7 +153,9 @@ class Scheduler:
                 await tools.storage.delete(name)
             for name in await expire_files(tools.store, now()):
                 await tools.storage.delete(name)
-            await sweep_orphans(tools.store, tools.storage, _ORPHAN_AGE)
             days = tools.settings.executor.retention_days
             if days:
                 await executions.forget(tools.store, tools.storage, now() - timedelta(days=days))
+            if time.monotonic() - self._swept > _SWEEP_SECONDS:
+                self._swept = time.monotonic()
+                await sweep_orphans(tools.store, tools.storage, _ORPHAN_AGE)

@@ -34,7 +34,7 @@ from scangraph.contracts.api import ExecutionAccepted, InputFile, NewExecution
 from scangraph.contracts.errors import UnknownComponent
 from scangraph.contracts.pipelines import pipeline_name
 from scangraph.settings import GatewaySettings
-from scangraph.store import pipelines
+from scangraph.store import executions, pipelines
 from scangraph.store.executions import Record
 from scangraph.store.views import accepted
 
@@ -164,8 +164,11 @@ def _add_component(app: FastAPI, component: Component, services: Access) -> None
         scheme = values.pop("label_scheme", None)
         inputs = {name: _given(given, scheme) for name, given in paths.items()}
         key = (idempotency_key, fingerprint(component.id, paths, scheme, values)) if idempotency_key else None
-        stored = await pipelines.find_pipeline(s.store, pipeline_name(component.id))
-        execution_id, replayed = await submit(s, principal, stored, inputs, {"steps": {"run": values}}, key=key)
+        execution_id = await executions.replay(s.store, principal.account_id, key) if key else None
+        replayed = execution_id is not None
+        if execution_id is None:
+            stored = await pipelines.find_pipeline(s.store, pipeline_name(component.id))
+            execution_id, replayed = await submit(s, principal, stored, inputs, {"steps": {"run": values}}, key=key)
         request.state.execution_id = execution_id
         response.headers["Location"] = f"/v1/executions/{execution_id}"
         if replayed:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from limits import RateLimitItemPerMinute
+from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 
@@ -25,6 +27,8 @@ from scangraph.store.tables import Account
 _ORDER: tuple[Role, ...] = ("viewer", "operator", "editor", "admin")
 #: For how long a replica believes what it knows of accounts and revoked tokens.
 _STANDING_SECONDS = 1.0
+#: Each check of a password takes 64 MiB and a core for some 50 ms; the others wait, no more of them than requests may.
+_LOGINS_AT_ONCE = 2
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="bearer", bearerFormat="JWT", description="from POST /v1/auth/login")
 
@@ -52,21 +56,29 @@ class Standings:
     """A replica's knowledge of which tokens are still good, looked up at most once a second for all requests together."""
 
     def __init__(self) -> None:
-        self._known: accounts.Standing | None = None
+        self._known = accounts.Standing({}, frozenset())
         self._until = 0.0
+        self._forgotten = 0
         self._lock = asyncio.Lock()
 
     async def get(self, services: Services) -> accounts.Standing:
-        """Return it."""
-        if self._known is None or time.monotonic() > self._until:
+        """Return it.
+
+        Race: somebody logs out while the records are being read. `forget` was called since, so they are read again.
+        """
+        while time.monotonic() >= self._until:
             async with self._lock:
-                if self._known is None or time.monotonic() > self._until:
+                if (moment := time.monotonic()) >= self._until:
+                    forgotten = self._forgotten
                     self._known = await accounts.standing(services.store)
-                    self._until = time.monotonic() + _STANDING_SECONDS
+                    if forgotten == self._forgotten:
+                        self._until = moment + _STANDING_SECONDS
+                        break
         return self._known
 
     def forget(self) -> None:
         """Look again at the next request."""
+        self._forgotten += 1
         self._until = 0.0
 
 
@@ -107,29 +119,57 @@ def requires(services: Access, role: Role) -> Callable[..., Awaitable[Principal]
 
 
 class LoginLimit:
-    """How often a name, or an address, may try. Kept in the replica's memory: several replicas allow as many times more."""
+    """How often a name, or an address, may fail. Kept in the replica's memory: several replicas allow as many times more."""
 
     def __init__(self, per_minute: int) -> None:
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
         self._name, self._address = RateLimitItemPerMinute(per_minute), RateLimitItemPerMinute(per_minute * 5)
+        self._turns = asyncio.Semaphore(_LOGINS_AT_ONCE)
 
-    async def check(self, name: str, address: str) -> None:
-        """Raise `TooManyRequests` when there were too many failures; a success counts nothing."""
-        for limit, key in self._keys(name, address):
+    @contextlib.asynccontextmanager
+    async def attempt(self, name: str, address: str) -> AsyncIterator[None]:
+        """Let somebody try, and count it where `Unauthenticated` comes of it; a success counts nothing.
+
+        Race: many guesses at once would all be looked at before the first of them has failed. So they wait for each other, and
+        each is looked at again when its turn comes.
+
+        Raises
+        ------
+        TooManyRequests
+        """
+        keys = (self._name, ("name", name)), (self._address, ("address", network(address)))
+        await self._check(keys)
+        async with self._turns:
+            await self._check(keys)
+            try:
+                yield
+            except Unauthenticated:
+                for limit, key in keys:
+                    await self._limiter.hit(limit, *key)
+                raise
+
+    async def _check(self, keys: Iterable[tuple[RateLimitItem, tuple[str, str]]]) -> None:
+        for limit, key in keys:
             if not await self._limiter.test(limit, *key):
                 reset, _ = await self._limiter.get_window_stats(limit, *key)
                 seconds = max(int(reset - time.time()) + 1, 1)
                 raise TooManyRequests(what="Too many failed logins.", retry_after_seconds=seconds)
 
-    async def failed(self, name: str, address: str) -> None:
-        """Count a failure."""
-        for limit, key in self._keys(name, address):
-            await self._limiter.hit(limit, *key)
 
-    def _keys(self, name: str, address: str) -> tuple[tuple[Any, tuple[str, str]], ...]:
-        # The peer's address: what a client says in X-Forwarded-For is not believed, so behind a proxy the address is the
-        # proxy's, and its limit, five times a name's, is everybody's.
-        return (self._name, ("name", name)), (self._address, ("address", address))
+def network(address: str) -> str:
+    """Return what counts as one address: of IPv6 the first 64 bits, all of which one customer has.
+
+    It is the peer's. What is said in X-Forwarded-For is believed only where the peer is 127.0.0.1, a reverse proxy on this
+    machine, or one that `FORWARDED_ALLOW_IPS` names (uvicorn's rules, Serve has no others). Behind any other proxy everybody
+    has one address, and its limit, five times a name's.
+    """
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, 64), strict=False))
 
 
 def auth_routes(services: Access) -> APIRouter:
@@ -157,14 +197,11 @@ def auth_routes(services: Access) -> APIRouter:
     )
     async def login(credentials: Credentials, request: Request, response: Response) -> Tokens:
         s, address = services(), request.client.host if request.client else ""
-        await limit().check(credentials.username, address)
-        try:
+        async with limit().attempt(credentials.username, address):
             account = await accounts.check_password(s.store, credentials.username, credentials.password)
-        except Unauthenticated:
-            await limit().failed(credentials.username, address)
-            raise
+            chain = await accounts.begin_chain(s.store, account, s.settings.auth.refresh_seconds)
         _standings(s).forget()  # a new account is known at once
-        return answer(s, await accounts.begin_chain(s.store, account, s.settings.auth.refresh_seconds), response)
+        return answer(s, chain, response)
 
     @router.post(
         "/auth/refresh",

@@ -252,7 +252,11 @@ async def _read_request(request: Request, s: Services, principal: Principal) -> 
         form = await receive_form(
             request, s, principal, file_fields=lambda name: name not in {"pipeline_id", "parameters", "priority"}
         )
-        return _from_form(form), form
+        try:
+            return _from_form(form), form
+        except BaseException:
+            await _take_back(s, form, ())
+            raise
     if kind not in {"application/json", ""} and not kind.endswith("+json"):
         raise HTTPException(415, f"send application/json or {_FORM}, not {kind!r}")
     body = await request.body()
@@ -347,14 +351,17 @@ def execution_routes(services: Access) -> APIRouter:
         wish, form = await _read_request(request, s, principal)
         rows: Sequence[File] = ()
         try:
+            sent = [[field, file.sha256] for field, file in form.files] if form else None
+            digest = fingerprint("POST /v1/executions", wish.model_dump(mode="json"), sent)
+            key = (idempotency_key, digest) if idempotency_key else None
+            if key and (known := await executions.replay(s.store, principal.account_id, key)):
+                await _take_back(s, form, rows)
+                return await answer(s, known, response, prefer, replayed=True)
             stored = await pipelines.find_pipeline(s.store, wish.pipeline_id)
             inputs: dict[str, Any] = dict(wish.inputs)
             if form is not None:
                 rows = await keep(s, [file for _, file in form.files])
                 inputs = _place(stored.spec, form, rows)
-            sent = [[field, file.sha256] for field, file in form.files] if form else None
-            digest = fingerprint("POST /v1/executions", wish.model_dump(mode="json"), sent)
-            key = (idempotency_key, digest) if idempotency_key else None
             execution_id, replayed = await submit(s, principal, stored, inputs, wish.parameters, wish.priority, key)
         except BaseException:
             await _take_back(s, form, rows)
@@ -487,8 +494,13 @@ def execution_routes(services: Access) -> APIRouter:
 
 
 def _zoned(moment: datetime | None) -> datetime | None:
-    """Take a time without a zone for UTC."""
-    return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
+    """Return the time in UTC, which is also the zone of one without."""
+    if moment is None or moment.tzinfo is None:
+        return moment and moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:  # a few hours before the first year, or after the last one
+        return moment.replace(tzinfo=UTC)
 
 
 async def _take_back(s: Services, form: Form | None, rows: Sequence[File]) -> None:

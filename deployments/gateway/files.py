@@ -450,7 +450,7 @@ _FORM = {
         },
     }
 }
-_BINARY: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+_BINARY: dict[str, Any] = {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}}
 
 
 def file_routes(services: Access) -> APIRouter:

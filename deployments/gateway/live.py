@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,7 +18,7 @@ from starlette.websockets import WebSocketDisconnect, WebSocketState
 from deployments.gateway.auth import Principal, authenticate, still_good
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.api import TERMINAL
-from scangraph.contracts.errors import NoSuch, ScanGraphError, StoreUnavailable, Unauthenticated
+from scangraph.contracts.errors import STATUS_NAMES, NoSuch, ScanGraphError, StoreUnavailable, Unauthenticated
 from scangraph.store import executions
 from scangraph.store.tables import Event
 from scangraph.store.views import output_view, to_view
@@ -27,8 +27,12 @@ _AUTH_SECONDS = 5.0
 _SEND_SECONDS = 20.0
 _MOST_WATCHES = 1000
 _LONGEST_MESSAGE = 65536
+#: How often a conversation looks whether its token was revoked.
+_STANDING_SECONDS = 2.0
+#: Executions in one look at the records: a statement has room for no more than some thousand of them.
+_BATCH = 200
 #: Closing codes, 4000 and up are ours: as HTTP's statuses.
-_UNAUTHENTICATED, _FORBIDDEN, _SLOW = 4401, 4403, 4408
+_UNAUTHENTICATED, _FORBIDDEN, _SLOW = (STATUS_NAMES[status].websocket for status in (401, 403, 408))
 
 
 class Hub:
@@ -67,12 +71,12 @@ class Hub:
     async def _look(self) -> None:
         while self._listeners:
             with contextlib.suppress(StoreUnavailable):  # it will be back; nobody misses anything
-                newest = await executions.newest(self._services.store, list(self._listeners))
-                for execution_id, seq in newest.items():
-                    if self._seen.get(execution_id) != seq and execution_id in self._listeners:
-                        self._seen[execution_id] = seq
-                        for bell in self._listeners[execution_id]:
-                            bell.set()
+                for some in _batches(list(self._listeners)):
+                    for execution_id, seq in (await executions.newest(self._services.store, some)).items():
+                        if self._seen.get(execution_id) != seq and execution_id in self._listeners:
+                            self._seen[execution_id] = seq
+                            for bell in self._listeners[execution_id]:
+                                bell.set()
             await asyncio.sleep(self._services.settings.gateway.poll_seconds)
 
     async def wait_ended(self, execution_id: str, seconds: float) -> bool:
@@ -157,24 +161,24 @@ class Conversation:
         except TimeoutError:
             await self._close(_UNAUTHENTICATED, "no valid token came in time")
             return
-        except Unauthenticated as error:
-            await self._close(_UNAUTHENTICATED, error.detail)
+        except ScanGraphError as error:
+            await self._close(STATUS_NAMES[error.status].websocket, error.detail)
             return
         tasks = [asyncio.create_task(part) for part in (self._listen(), self._tell(), self._expire())]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
-        except Unauthenticated as error:
-            await self._close(_UNAUTHENTICATED, error.detail)
+        except ScanGraphError as error:
+            await self._close(STATUS_NAMES[error.status].websocket, error.detail)
         except TimeoutError:
             await self._close(_SLOW, "you do not read")
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            for execution_id in self._watches:
-                self._hub.leave(execution_id, self._bell)
+            for execution_id in list(self._watches):
+                self._forget(execution_id)
 
     async def _listen(self) -> None:
         while True:
@@ -195,8 +199,7 @@ class Conversation:
             return
         match wish:
             case Auth():
-                self._principal = await authenticate(self._services, wish.token)
-                await self._send({"type": "auth_ok", "name": self._principal.name, "role": self._principal.role})
+                await self._become(await authenticate(self._services, wish.token))
             case Ping():
                 await self._send({"type": "pong", "at": datetime.now(UTC).isoformat()})
             case _ if self._principal is None:
@@ -204,9 +207,20 @@ class Conversation:
             case Watch():
                 await self._begin_watch(self._principal, wish)
             case Unwatch():
-                self._watches.pop(wish.execution_id, None)
-                self._hub.leave(wish.execution_id, self._bell)
+                self._forget(wish.execution_id)
                 await self._send({"type": "unwatched", "execution_id": wish.execution_id})
+
+    async def _become(self, principal: Principal) -> None:
+        """Take another token. Another account, or another role, may not see what was seen: it begins anew."""
+        old, self._principal = self._principal, principal
+        if old is not None and (old.account_id, old.role) != (principal.account_id, principal.role):
+            for execution_id in list(self._watches):
+                self._forget(execution_id)
+        await self._send({"type": "auth_ok", "name": principal.name, "role": principal.role})
+
+    def _forget(self, execution_id: str) -> None:
+        self._watches.pop(execution_id, None)
+        self._hub.leave(execution_id, self._bell)
 
     async def _begin_watch(self, principal: Principal, wish: Watch) -> None:
         execution_id = wish.execution_id
@@ -236,18 +250,24 @@ class Conversation:
             await self._bell.wait()
             self._bell.clear()
             try:
-                events = await executions.events_since(self._services.store, self._watches)
+                for some in _batches(list(self._watches)):
+                    await self._tell_of(some)
             except StoreUnavailable:
                 await asyncio.sleep(1)
                 self._bell.set()
+
+    async def _tell_of(self, some: Sequence[str]) -> None:
+        seen = {execution_id: self._watches[execution_id] for execution_id in some if execution_id in self._watches}
+        events = await executions.events_since(self._services.store, seen)
+        for event in events:
+            if event.seq <= self._watches.get(event.execution_id, event.seq):
                 continue
-            for event in events:
-                if event.seq <= self._watches.get(event.execution_id, event.seq):
-                    continue  # unwatched meanwhile
+            message = await self._told(event)
+            if event.execution_id in self._watches:  # else unwatched meanwhile
                 self._watches[event.execution_id] = event.seq
-                await self._send(await self._told(event))
-            if events:
-                self._bell.set()  # there may be more than one look brings
+                await self._send(message)
+        if events:
+            self._bell.set()  # there may be more than one look brings
 
     async def _told(self, event: Event) -> dict[str, Any]:
         message = {
@@ -268,7 +288,7 @@ class Conversation:
             principal = self._principal
             assert principal is not None
             left = principal.expires_at.timestamp() - time.time()
-            await asyncio.sleep(max(min(left, 30), 0.1))
+            await asyncio.sleep(max(min(left, _STANDING_SECONDS), 0.1))
             if self._principal is principal:
                 if principal.expires_at.timestamp() <= time.time():
                     raise Unauthenticated(reason="The token has expired")
@@ -291,7 +311,12 @@ class Conversation:
     async def _close(self, code: int, reason: str) -> None:
         if self._socket.application_state is not WebSocketState.DISCONNECTED:
             with contextlib.suppress(RuntimeError, TimeoutError):
-                await _in_time(self._socket.close(code, reason[:120]))
+                # A closing frame has room for 123 bytes of reason.
+                await _in_time(self._socket.close(code, reason.encode()[:120].decode(errors="ignore")))
+
+
+def _batches(ids: list[str]) -> Iterator[list[str]]:
+    return (ids[start : start + _BATCH] for start in range(0, len(ids), _BATCH))
 
 
 async def _in_time(sending: Awaitable[None]) -> None:

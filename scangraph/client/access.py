@@ -16,6 +16,8 @@ from scangraph.contracts.errors import Unauthenticated
 
 #: A token is renewed when this part of its life is over.
 _WORN = 0.8
+#: How long the end of a client waits for a renewal; no longer than a request of one takes.
+_SETTLE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Access:
         self._keep, self._renew, self._log_in = keep, renew, log_in
         self._credentials: tuple[str, str] | None = None
         self._lock = asyncio.Lock()
+        self._renewals: set[asyncio.Task[None]] = set()
 
     @property
     def seconds_left(self) -> float | None:
@@ -90,15 +93,25 @@ class Access:
     async def log_in(self, name: str, password: str) -> Tokens:
         """Begin a login. Name and password stay in this process, for when the refresh token is not good any more."""
         tokens = await self._log_in(name, password)
-        self._credentials, self._source = (name, password), None
-        self._set(Login.of(tokens))
+        async with self._locked():
+            self._credentials, self._source = (name, password), None
+            self._set(Login.of(tokens))
         return tokens
 
-    def forget(self) -> None:
+    async def forget(self) -> None:
         """End it, on this side."""
-        self._credentials = None
-        self._source = None
-        self._set(None)
+        async with self._locked():
+            self._credentials = None
+            self._source = None
+            self._set(None)
+
+    async def settle(self) -> None:
+        """Let a renewal that is on its way end: the token that it was made with is used up, and the new one must be kept."""
+        if self._renewals:
+            await asyncio.wait(self._renewals, timeout=_SETTLE_SECONDS)
+
+    def _locked(self) -> contextlib.AbstractAsyncContextManager[None]:
+        return self._keep.locked() if self._keep else contextlib.nullcontext()
 
     def _set(self, login: Login | None) -> None:
         self._login = login
@@ -108,24 +121,40 @@ class Access:
     async def bearer(self, refused: str | None = None) -> str | None:
         """Return a token that is good for a while; None where there is none, or no other than the refused one.
 
-        Race: many requests find the token old at once. The first one renews it, and the others find it done.
+        Race: many requests find the token old at once. The first one renews it, and the others find it done. Race: the request
+        that wanted it is cancelled meanwhile. The renewal goes on, or its answer would be lost, and with it the login.
         """
+        if self._is_wanted(refused):
+            renewal = asyncio.create_task(self._bring(refused))
+            self._renewals.add(renewal)
+            renewal.add_done_callback(self._renewals.discard)
+            await asyncio.shield(renewal)
+        if self._login is None or self._login.access_token == refused:
+            return None
+        return self._login.access_token
+
+    def _is_wanted(self, refused: str | None) -> bool:
+        """Whether there is no good token, and one can be had."""
+        if self._login is None:
+            return self._source is not None
+        return (self._source is not None or bool(self._login.refresh_token)) and self._is_old(self._login, refused)
+
+    async def _bring(self, refused: str | None) -> None:
         async with self._lock:
-            if self._source is not None and (self._login is None or self._is_old(self._login, refused)):
+            if not self._is_wanted(refused):
+                return
+            if self._source is not None:
                 made = await asyncio.to_thread(self._source)
                 self._login = Login(made, "", _renewal_of(made))
-            elif self._login is not None and self._login.refresh_token and self._is_old(self._login, refused):
+            else:
                 await self._change(refused)
-            if self._login is None or self._login.access_token == refused:
-                return None
-            return self._login.access_token
 
     @staticmethod
     def _is_old(login: Login, refused: str | None) -> bool:
         return login.renew_at <= time.time() or login.access_token == refused
 
     async def _change(self, refused: str | None) -> None:
-        async with self._keep.locked() if self._keep else contextlib.nullcontext():
+        async with self._locked():
             if self._keep is not None:
                 self._login = self._keep.load()  # another process may have renewed it, or logged out
                 if self._login is None or not self._is_old(self._login, refused):

@@ -32,6 +32,9 @@ class _Loop:
         if threading.current_thread() is self.thread:
             work.close()
             raise RuntimeError("a callback of the client may not call it: it would wait for itself")
+        if self.loop.is_closed():
+            work.close()
+            raise RuntimeError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
@@ -44,8 +47,9 @@ class _Loop:
         if threading.current_thread() is self.thread:  # forgotten, and found by the collector in here
             self.loop.stop()
             return
-        with contextlib.suppress(Exception):
-            self.run(last())
+        for work in (last(), self.loop.shutdown_asyncgens()):
+            with contextlib.suppress(Exception):
+                self.run(work)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
@@ -81,7 +85,8 @@ def _iterating(
             while (item := self._loop.run(following())) is not None:
                 yield item[0]
         finally:
-            self._loop.run(close())
+            if not self._loop.loop.is_closed():  # else it was ended with it
+                self._loop.run(close())
 
     return call
 

@@ -140,6 +140,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections. The login stays good; `logout` ends it."""
+        await self._session.access.settle()
         await self._session.close()
 
     # --- accounts ----------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ class AsyncClient:
         try:
             await self._session.request(Wish("POST", "/v1/auth/logout"), "always")
         finally:
-            self._session.access.forget()
+            await self._session.access.forget()
 
     async def me(self) -> Identity:
         """Tell who is logged in."""

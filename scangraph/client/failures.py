@@ -66,7 +66,13 @@ def from_problem(code: str, status: int, title: str, detail: str, **fields: Any)
     error.template = "{detail}"  # type: ignore[misc]  # of this one: the sentence is made already
     ScanGraphError.__init__(error, detail=detail, **fields)
     error.status = status  # type: ignore[misc]
+    # Another process gets the same sentence; the class alone would make one without its fields.
+    error.__reduce__ = lambda: (_again, (code, status, title, error.fields))  # type: ignore[method-assign]
     return error
+
+
+def _again(code: str, status: int, title: str, fields: Mapping[str, Any]) -> ScanGraphError:
+    return from_problem(code, status, title, **fields)
 
 
 def from_answer(status: int, content_type: str, body: bytes, where: str) -> ScanGraphError:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
 from urllib.parse import SplitResult, quote, urlsplit
 
@@ -29,6 +32,8 @@ _NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, http
 _IDLE_SECONDS = 4.0
 #: How long an answer may take; where it waits until a large file was looked at, it takes longer.
 SHORT, LONG = 60.0, 900.0
+#: Less than other processes wait for the login's lock (`logins`), a connection's 10 s included.
+_RENEWAL_SECONDS = 15.0
 
 Body = Callable[[], AsyncIterator[bytes]]
 
@@ -123,7 +128,7 @@ class Session:
             except ScanGraphError as failure:
                 if lost:
                     failure.fields["repeated"] = True
-                kind = _kind(failure)
+                kind = kind_of(failure)
                 if kind == "final" or repeat == "never" or (kind == "lost" and repeat != "always"):
                     raise
                 lost = lost or kind == "lost"
@@ -198,9 +203,11 @@ class Session:
         return await self.ask(Tokens, Wish("POST", "/v1/auth/login", json=body, with_bearer=False))
 
     async def _renew(self, refresh_token: str) -> Tokens:
-        # Never repeated once it was sent: a refresh token that comes twice counts as stolen.
+        # Never repeated once it was sent: a refresh token that comes twice counts as stolen. Nor waited for: other processes
+        # wait for the login's lock meanwhile; whoever asked has patience, and comes again.
         body = RefreshRequest(refresh_token=refresh_token).model_dump()
-        return await self.ask(Tokens, Wish("POST", "/v1/auth/refresh", json=body, with_bearer=False))
+        wish = Wish("POST", "/v1/auth/refresh", json=body, with_bearer=False, seconds=_RENEWAL_SECONDS)
+        return self.read(Tokens, await self.request(wish, "never", Patience(0)))
 
 
 class NeverSent(ServerUnreachable):
@@ -222,7 +229,7 @@ def _parts(url: str) -> SplitResult:
     raise UsageError(detail=f"{url!r} is no address of a server; one looks like http://127.0.0.1:8000")
 
 
-def _kind(failure: ScanGraphError) -> Literal["refused", "lost", "final"]:
+def kind_of(failure: ScanGraphError) -> Literal["refused", "lost", "final"]:
     """Say whether nothing was done, nobody knows, or it is final."""
     if isinstance(failure, ServerUnreachable) or failure.code in {*_LOST_CODES, "http-502", "http-504"}:
         return "lost"
@@ -234,10 +241,18 @@ async def _check(response: httpx.Response) -> None:
         return
     body = await response.aread()
     error = from_answer(response.status_code, response.headers.get("content-type", ""), body, str(response.request.url))
-    wait = response.headers.get("retry-after", "")
-    if wait.isdigit():
-        error.fields.setdefault("retry_after_seconds", int(wait))
+    if (wait := _retry_after(response.headers.get("retry-after", ""))) is not None:
+        error.fields.setdefault("retry_after_seconds", wait)
     raise error
+
+
+def _retry_after(header: str) -> int | None:
+    """Read `Retry-After`: seconds, or a date (RFC 9110, 10.2.3), as proxies send it."""
+    if header.isdecimal():
+        return int(header)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(math.ceil(parsedate_to_datetime(header).timestamp() - time.time()), 0)
+    return None
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import httpx
 
 from scangraph.client.failures import Patience, ServerUnreachable
-from scangraph.client.session import LONG, NeverSent, Session, Wish, segment
+from scangraph.client.session import LONG, NeverSent, Session, Wish, kind_of, segment
 from scangraph.contracts.api import FileMetadata, FileView
 from scangraph.contracts.errors import DigestMismatch, NoSuch, ScanGraphError, UploadConflict, UsageError
 
@@ -85,13 +85,13 @@ async def upload(session: Session, file: BinaryIO, filename: str, on_bytes: OnBy
     if source.size < LARGE:
         try:
             view = await _send_form(session, source, filename)
+        except ScanGraphError as failure:
+            # The answer was lost, perhaps with a file behind it. From here on the way on which that can be found out.
+            if isinstance(failure, NeverSent) or kind_of(failure) != "lost":
+                raise
+        else:
             on_bytes(source.size, source.size)
             return await _checked(session, view.id, await source.sha256())
-        except NeverSent:
-            raise
-        except ServerUnreachable:
-            # The answer was lost, perhaps with a file behind it. From here on the way on which that can be found out.
-            pass
     file_id = await _Resumable(session, source, filename, on_bytes).send()
     return await _checked(session, file_id, await source.sha256())
 
@@ -132,8 +132,11 @@ class _Resumable:
             try:
                 offset, file_id = await self._send_part(path, offset)
                 self._patience.restore()
-            except (ServerUnreachable, UploadConflict) as failure:
-                # A conflict: the request that we lost is still being worked on, or kept more than we heard of.
+            except ScanGraphError as failure:
+                # A conflict: the request that we lost is still being worked on, or kept more than we heard of. 408: we were
+                # too slow, or what stands in between was; what arrived is kept.
+                if not (isinstance(failure, UploadConflict) or failure.status == 408 or kind_of(failure) == "lost"):
+                    raise
                 await self._patience.bear(failure)
                 reached, file_id = await self._ask(path)
                 if reached > offset:
@@ -204,11 +207,11 @@ async def download(session: Session, content: Content, target: Path, on_bytes: O
                         patience.restore()
                     failure: ScanGraphError = ServerUnreachable(url=session.url, reason="the content ended early")
                 except ScanGraphError as error:
-                    if not isinstance(error, ServerUnreachable) and error.status not in {429, 503}:
+                    if kind_of(error) == "final":
                         raise
                     failure = error
                 if done < content.size:
-                    await patience.bear(failure)
+                    await patience.bear(failure, float(failure.fields.get("retry_after_seconds", 0)))
             if digest.hexdigest() != content.sha256:
                 raise DigestMismatch(algorithm="SHA-256")
             file.flush()

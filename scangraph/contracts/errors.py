@@ -534,3 +534,10 @@ class DamagedResult(FatalError):
 
     code, title = "damaged-result", "A kept result is damaged"
     template = "A kept result cannot be used: {reason}."
+
+
+class UnusableText(UsageError):
+    """A text that no record can hold."""
+
+    code, title, status = "unusable-text", "A text in the request cannot be used", 422
+    template = "A text in the request has a NUL character, which no record can hold."

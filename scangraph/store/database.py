@@ -19,13 +19,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.types import TypeDecorator
 
-from scangraph.contracts.errors import StoreUnavailable
+from scangraph.contracts.errors import StoreUnavailable, UnusableText
 
 log = logging.getLogger("scangraph")
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 #: Any number will do, as long as every process takes the same one (PostgreSQL, `pg_advisory_lock`).
 _MIGRATION_LOCK = 0x5CA9
+#: PostgreSQL's word for a text with a NUL; SQLite takes it and finds nothing.
+_NOT_IN_REPERTOIRE = "22021"
 
 
 def now() -> datetime:
@@ -129,6 +131,8 @@ def _translated() -> Any:
     except DBAPIError as error:
         if error.connection_invalidated:
             raise StoreUnavailable(reason="the connection was lost", retry_after_seconds=2) from error
+        if getattr(error.orig, "sqlstate", None) == _NOT_IN_REPERTOIRE:
+            raise UnusableText from error
         raise
 
 
@@ -188,6 +192,9 @@ async def open_store(url: str) -> Store:
         If it does not answer.
     """
     store = Store(url)
+    if store.is_sqlite and store.engine.url.database:
+        folder = Path(store.engine.url.database).parent
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     try:
         await migrate(store)
     except BaseException:

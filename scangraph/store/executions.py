@@ -155,12 +155,8 @@ async def _accept(
 ) -> tuple[str, bool]:
     owner, created = new.owner_id, now()
     async with store.write() as session:
-        if idempotency is not None:
-            known = await session.get(IdempotencyKey, (owner or "", idempotency[0]))
-            if known is not None:
-                if known.body_sha256 != idempotency[1]:
-                    raise IdempotencyMismatch(key=idempotency[0])
-                return known.execution_id, True
+        if idempotency is not None and (known := await _made_by(session, owner, idempotency)) is not None:
+            return known, True
         await _check_room(session, owner, limits)
         await _hold_files(session, new.inputs)
         execution_id = str(uuid.uuid4())
@@ -201,6 +197,25 @@ async def _accept(
             await session.execute(insert(IdempotencyKey).values(**values, execution_id=execution_id, created_at=created))
         await _tell(session, execution_id)
         return execution_id, False
+
+
+@whole
+async def replay(store: Store, owner: str | None, idempotency: tuple[str, str]) -> str | None:
+    """Return what a key has made: the answer stays the same when the request would not be accepted any more.
+
+    Raises
+    ------
+    IdempotencyMismatch
+    """
+    async with store.read() as session:
+        return await _made_by(session, owner, idempotency)
+
+
+async def _made_by(session: AsyncSession, owner: str | None, idempotency: tuple[str, str]) -> str | None:
+    known = await session.get(IdempotencyKey, (owner or "", idempotency[0]))
+    if known is not None and known.body_sha256 != idempotency[1]:
+        raise IdempotencyMismatch(key=idempotency[0])
+    return known.execution_id if known is not None else None
 
 
 async def _check_room(session: AsyncSession, owner: str | None, limits: QueueLimits) -> None:

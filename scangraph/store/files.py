@@ -18,14 +18,15 @@ from typing import Any
 from sqlalchemy import CursorResult, Update, and_, delete, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from scangraph.contracts.api import TERMINAL
 from scangraph.contracts.errors import InUse, NoSuch, TooManyRequests, UploadConflict
 from scangraph.storage import Storage
 from scangraph.store.database import Store, now, whole
 from scangraph.store.executions import input_entries
-from scangraph.store.tables import Execution, File, Upload, UploadPart
+from scangraph.store.tables import Execution, File, StepResult, Upload, UploadPart
 
 #: Where uploads are in the storage, and the parts of resumable ones. Whoever puts files there by hand keeps out of these.
-FILES, UPLOADS = "files/", "uploads/"
+FILES, UPLOADS, RESULTS, STEPS = "files/", "uploads/", "results/", "steps/"
 #: Rows that one transaction deletes, or names that one query asks for.
 _BATCH = 500
 
@@ -200,13 +201,47 @@ async def sweep_orphans(store: Store, storage: Storage, older_than: timedelta) -
         for name in await unnamed(store, old):
             await storage.delete(name)
             swept.append(name)
+    for prefix, nobodys in ((RESULTS, _abandoned_results), (STEPS, _forgotten_steps)):
+        old = [stat.name async for stat in storage.list(prefix) if stat.modified < now() - older_than]
+        for name in await nobodys(store, old):
+            await storage.delete(name)
+            swept.append(name)
     return swept
+
+
+@whole
+async def _abandoned_results(store: Store, names: Collection[str]) -> set[str]:
+    """Return those without a row whose execution has ended; of one that is not in the records, nobody knows whose it is."""
+    left = await unnamed(store, names)
+    ids = list({_second(name) for name in left})
+    ended: set[str] = set()
+    async with store.read() as session:
+        for start in range(0, len(ids), _BATCH):
+            query = select(Execution.id).where(Execution.id.in_(ids[start : start + _BATCH]), Execution.state.in_(TERMINAL))
+            ended.update((await session.execute(query)).scalars())
+    return {name for name in left if _second(name) in ended}
+
+
+@whole
+async def _forgotten_steps(store: Store, names: Collection[str]) -> set[str]:
+    """Return the bytes of step results that nobody could find."""
+    keys = list({_second(name) for name in names})
+    known: set[str] = set()
+    async with store.read() as session:
+        for start in range(0, len(keys), _BATCH):
+            query = select(StepResult.key).where(StepResult.key.in_(keys[start : start + _BATCH]))
+            known.update((await session.execute(query)).scalars())
+    return {name for name in names if _second(name) not in known}
+
+
+def _second(name: str) -> str:
+    return name.split("/")[1]
 
 
 def _sweep_staged(root: Path, before: datetime) -> list[str]:
     """Delete what the store was writing in a folder when its process died: `name#1`, which it never lists."""
     swept = []
-    for folder in (FILES, UPLOADS, "results/", "steps/"):
+    for folder in (FILES, UPLOADS, RESULTS, STEPS):
         for path in (root / folder).rglob("*#*"):
             staged = re.fullmatch(r".+#\d+", path.name) and path.is_file()
             if staged and path.stat().st_mtime < before.timestamp():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,40 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import scangraph.storage
 from scangraph.contracts.errors import AlreadyWritten, FileMissing, PathRefused, StorageFull, StorageUnavailable
 from scangraph.storage import Storage, open_storage
-from tests.s3 import Moto, moto
+from tests.s3 import S3, moto, radosgw
+from tests.servers import proxied
 
 OUTSIDE = ["", " ", "..", "../x", "a/../../x", "a/..", "s3://bucket/x", "file:///etc/passwd", "a\\b", "a\x00b", "a\nb"]
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Moto]:
+def s3() -> Iterator[S3]:
     with moto() as server:
         yield server
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+@pytest.fixture(scope="module")
+def ceph() -> Iterator[S3]:
+    with tempfile.TemporaryDirectory(prefix="ceph-", ignore_cleanup_errors=True) as folder, radosgw(Path(folder)) as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "memory", "s3", "ceph"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     if request.param == "folder":
-        return open_storage((tmp_path / "storage").as_uri())
-    if request.param == "memory":
-        return open_storage("memory://")
-    server: Moto = request.getfixturevalue("s3")
-    return open_storage(f"s3://bucket/{uuid.uuid4().hex}", server.options)
+        storage = open_storage((tmp_path / "storage").as_uri())
+        yield storage
+        assert [path for path in (tmp_path / "storage").rglob("*#*") if path.name.rpartition("#")[2].isdigit()] == []
+    elif request.param == "memory":
+        yield open_storage("memory://")
+    else:
+        server: S3 = request.getfixturevalue(request.param)
+        prefix = uuid.uuid4().hex
+        yield open_storage(f"{server.url}/{prefix}", server.options)
+        assert server.parts_left(prefix) == []
 
 
 @pytest.fixture
@@ -53,8 +69,24 @@ async def names(storage: Storage, prefix: str = "") -> list[str]:
 # --- the contract ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a", "a/b/c.nii.gz", "ct (1).nii.gz", "größe.nii", "x[1].gz", "50%.txt", "~a", "a b/ c"])
-@pytest.mark.parametrize("data", [b"", b"x", os.urandom(300_000)])
+ODD = [
+    "a",
+    "a/b/c.nii.gz",
+    "ct (1).nii.gz",
+    "größe.nii",
+    "e\u0301",
+    "x[1]{2}.gz",
+    "50%.txt",
+    "a%20b%2Fc",
+    "~a",
+    "a b/ c",
+    "ct#1.nii",
+]
+ODD += ["a*b?", "a:b", "a&b=c+d", 'it\'s;"a",<b>|^`$', "-x", "…", "結果.png"]
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("data", [b"", os.urandom(300_000)], ids=["empty", "some"])
 def test_what_is_written_is_read(storage: Storage, run: Any, name: str, data: bytes) -> None:
     async def go() -> None:
         assert await storage.write(name, data) == name
@@ -72,12 +104,27 @@ def test_what_is_written_is_read(storage: Storage, run: Any, name: str, data: by
     run(go())
 
 
+def test_a_name_is_written_one_way(storage: Storage, run: Any) -> None:
+    async def go() -> None:
+        assert await storage.write("a//b/./c", b"x") == "a/b/c"
+        assert await names(storage, "a/") == ["a/b/c"]
+        # A folder's own unfinished files are called so; elsewhere it is a name as any other.
+        try:
+            assert await storage.write("ct#1", b"x") == "ct#1"
+        except PathRefused:
+            assert storage.local_root is not None
+        else:
+            assert await storage.read("ct#1") == b"x"
+
+    run(go())
+
+
 def test_keys_are_write_once(storage: Storage, run: Any) -> None:
     async def go() -> None:
-        outcomes = await asyncio.gather(*(storage.write("a/b", str(n).encode()) for n in range(12)), return_exceptions=True)
+        outcomes = await asyncio.gather(*(storage.write("a/b", str(n).encode()) for n in range(16)), return_exceptions=True)
         won = [n for n, outcome in enumerate(outcomes) if outcome == "a/b"]
         assert len(won) == 1
-        assert sum(isinstance(outcome, AlreadyWritten) for outcome in outcomes) == 11
+        assert sum(isinstance(outcome, AlreadyWritten) for outcome in outcomes) == 15
         assert await storage.read("a/b") == str(won[0]).encode()
         with pytest.raises(AlreadyWritten):
             async with storage.writer("a/b"):
@@ -136,10 +183,18 @@ def test_parts_are_read(storage: Storage, run: Any) -> None:
 
     async def go() -> None:
         await storage.write("a", data)
-        for start, end in ((0, None), (5, None), (0, 1), (1000, 2_000_000), (len(data) - 1, len(data)), (7, 7)):
-            assert b"".join([chunk async for chunk in storage.stream("a", start, end)]) == data[start:end]
-        with pytest.raises(FileMissing):
-            _ = [chunk async for chunk in storage.stream("b")]
+        ranges = [(0, None), (5, None), (0, 1), (1000, 2_000_000), (len(data) - 1, len(data)), (7, 7), (9, 3), (3, 2**40)]
+        ranges += [(len(data), None), (len(data), len(data) + 9), (2**40, None), (2**40, 2**40 + 1)]
+        for start, end in ranges:
+            assert b"".join([chunk async for chunk in storage.stream("a", start, end)]) == data[start:end], (start, end)
+        await storage.write("empty", b"")
+        for start, end in ((0, None), (0, 512), (5, None)):
+            assert [chunk async for chunk in storage.stream("empty", start, end)] in ([], [b""])
+        chunks = [len(chunk) async for chunk in storage.stream("a", chunk=2**18)]
+        assert max(chunks) < 2**20
+        for start in (0, 5):
+            with pytest.raises(FileMissing):
+                _ = [chunk async for chunk in storage.stream("b", start)]
 
     run(go())
 
@@ -209,9 +264,23 @@ def test_absolute_paths_inside_are_the_same_file(folder: Storage, run: Any, tmp_
 
 def test_folders_are_no_files(folder: Storage, run: Any) -> None:
     run(folder.write("a/b", b"x"))
+
+    async def write_below() -> None:
+        async with folder.writer("a/b/c") as file:
+            await file.write(b"x")
+
     for path in ("a", "a/b/c"):
-        with pytest.raises((FileMissing, StorageUnavailable)):
-            run(folder.read(path))
+        for look in (folder.read(path), folder.head(path)):
+            with pytest.raises(FileMissing):
+                run(look)
+        run(folder.delete(path))
+    with pytest.raises(PathRefused, match="a part of it is a file"):
+        run(folder.write("a/b/c", b"x"))
+    with pytest.raises(PathRefused, match="a part of it is a file"):
+        run(write_below())
+    with pytest.raises((AlreadyWritten, PathRefused)):
+        run(folder.write("a", b"x"))
+    assert run(names(folder)) == ["a/b"]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, run: Any) -> None:
@@ -241,39 +310,138 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, run: Any) -> Non
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_large_file_takes_little_memory(tmp_path: Path) -> None:
-    code = """
-import asyncio, os, resource, sys
+PROGRAM = """
+import asyncio, hashlib, json, os, resource, sys
 from scangraph.storage import open_storage
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 async def go():
-    storage = open_storage(sys.argv[1])
-    await storage.write("warm", bytes(2**20))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    storage = open_storage(sys.argv[1], json.loads(sys.argv[2]))
+    assert await storage.read("warm") == b"from another process"
+    before, seen = most(), hashlib.sha256()
     async with storage.writer("large") as file:
-        for _ in range(300):
+        for _ in range(160):
             await file.write(os.urandom(2**20))
     async for chunk in storage.stream("large"):
-        pass
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        seen.update(chunk)
+    assert (seen.hexdigest(), file.size) == (file.sha256, 160 * 2**20)
+    print(most() - before)
 asyncio.run(go())
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path.as_uri()], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 120
+
+
+@pytest.mark.parametrize("place", ["folder", "s3", "ceph"])
+def test_a_large_file_takes_little_memory_in_any_process(
+    request: pytest.FixtureRequest, tmp_path: Path, run: Any, place: str
+) -> None:
+    url, options = tmp_path.as_uri(), {}
+    if place != "folder":
+        server: S3 = request.getfixturevalue(place)
+        url, options = f"{server.url}/{uuid.uuid4().hex}", server.options
+    storage = open_storage(url, options)
+    run(storage.write("warm", b"from another process"))
+    command = [sys.executable, "-c", PROGRAM, url, json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 80
+    assert run(storage.head("large")).size == 160 * 2**20
+    run(storage.delete("large"))
 
 
 # --- S3 --------------------------------------------------------------------------------------------------------------------
 
 
 def test_an_outage_is_told_soon(run: Any) -> None:
+    async def stream() -> None:
+        async with storage.writer("c") as file:
+            for _ in range(40):
+                await file.write(bytes(2**20))
+            server.stop()
+            await file.write(bytes(2**20))
+
     with moto() as server:
         storage = open_storage("s3://bucket/x", server.options)
         run(storage.write("a", b"x"))
-        server.stop()
-        for call in (storage.read("a"), storage.write("b", b"x"), storage.delete("a")):
+        start = time.monotonic()
+        with pytest.raises(StorageUnavailable):
+            run(stream())
+        assert time.monotonic() - start < 30
+        for call in (storage.read("a"), storage.head("a"), storage.write("b", b"x"), storage.delete("a"), names(storage)):
             start = time.monotonic()
             with pytest.raises(StorageUnavailable):
                 run(call)
-            assert time.monotonic() - start < 30
+            assert time.monotonic() - start < 20
         server.start()
         run(storage.write("b", b"x"))
         assert run(storage.read("b")) == b"x"
+
+
+def test_a_server_that_answers_nothing_is_told(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scangraph.storage._CLIENT, "read_timeout", "2s")
+    with moto() as server:
+        storage = open_storage("s3://bucket/x", server.options)
+        run(storage.write("a", b"x"))
+        server.pause()
+        start = time.monotonic()
+        with pytest.raises(StorageUnavailable):
+            run(storage.write("b", b"x"))
+        assert time.monotonic() - start < 20
+        server.resume()
+        assert run(storage.read("a")) == b"x"
+
+
+def test_a_download_takes_as_long_as_its_reader(s3: S3, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scangraph.storage._CLIENT, "read_timeout", "1s")
+    monkeypatch.setitem(scangraph.storage._RETRY, "retry_timeout", timedelta(seconds=1))
+    storage, data = open_storage(f"s3://bucket/{uuid.uuid4().hex}", s3.options), os.urandom(40 * 2**20)
+
+    async def go() -> None:
+        await storage.write("a", data)
+        seen = b""
+        async for chunk in storage.stream("a"):
+            seen += chunk
+            await asyncio.sleep(2.5 if len(seen) < 2**21 else 0.02)
+        assert seen == data
+
+    run(go())
+
+
+def test_an_answer_that_is_lost_is_no_second_writer(s3: S3, run: Any) -> None:
+    with proxied(s3.port) as proxy:
+        options = {**s3.options, "endpoint": proxy.url}
+        storage = open_storage(f"s3://bucket/{uuid.uuid4().hex}", options)
+
+        async def go() -> None:
+            proxy.cuts.append(("down", 1))  # it was written, and the answer never comes
+            assert await storage.write("a", b"mine") == "a"
+            assert proxy.made > 1
+            with pytest.raises(AlreadyWritten):
+                await storage.write("a", b"mine")
+            data = os.urandom(30 * 2**20)
+            proxy.cuts.append(("up", 12 * 2**20))
+            async with storage.writer("b") as file:
+                for start in range(0, len(data), 2**20):
+                    await file.write(data[start : start + 2**20])
+            proxy.cuts.append(("down", 12 * 2**20))
+            assert await storage.read("b") == data
+            assert proxy.cuts == []
+
+        run(go())
+
+
+def test_wrong_credentials_are_no_missing_file(ceph: S3, run: Any) -> None:
+    for wrong in ({"secret_access_key": "guess"}, {"access_key_id": "nobody"}):
+        storage = open_storage("s3://bucket/x", {**ceph.options, **wrong})
+        for call in (storage.read("a"), storage.write("a", b"x"), storage.head("a"), names(storage)):
+            with pytest.raises(StorageUnavailable) as told:
+                run(call)
+            assert "guess" not in str(told.value)
+            assert "testtest" not in str(told.value)
+
+
+def test_a_bucket_that_is_not_there(s3: S3, run: Any) -> None:
+    storage = open_storage("s3://nowhere/x", s3.options)
+    with pytest.raises((StorageUnavailable, FileMissing)):
+        run(storage.read("a"))
+    with pytest.raises(StorageUnavailable):
+        run(storage.write("a", b"x"))

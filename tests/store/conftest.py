@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from scangraph.store import Store, open_store
-from tests.postgres import postgres_server
+from tests.postgres import fresh_database, postgres_server
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +37,7 @@ def database_url(request: pytest.FixtureRequest, runner: asyncio.Runner, tmp_pat
     """URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite+aiosqlite:///{tmp_path}/records.db"
-    server, name = request.getfixturevalue("postgres"), f"test_{uuid.uuid4().hex}"
-
-    async def create() -> None:
-        engine = create_async_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
-        async with engine.connect() as connection:
-            await connection.execute(text(f"CREATE DATABASE {name}"))
-        await engine.dispose()
-
-    runner.run(create())
-    return f"{server}/{name}"
+    return runner.run(fresh_database(request.getfixturevalue("postgres")))
 
 
 @pytest.fixture

@@ -302,3 +302,26 @@ def test_cursors_keep_the_moment_exactly() -> None:
 def test_what_is_no_cursor_of_ours_is_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
         cursors.decode(text)
+
+
+def test_the_sweep_finds_abandoned_results_and_steps(store: Store, run: Any, tmp_path: Any) -> None:
+    from scangraph.contracts import StepSummary
+    from scangraph.store import executions, results
+    from tests.store.test_executions import finish, submit, take
+
+    async def go() -> None:
+        storage = open_storage((tmp_path / "swept").as_uri())
+        ended = await submit(store)
+        await finish(store, await take(store))
+        waiting = await submit(store)
+        await results.keep_result(store, "known", "c/d", {"mask": "steps/known/mask"}, StepSummary(1, 1), 1)
+        kept = [f"results/{ended}/scene.obj", f"results/{waiting}/a", "results/older/mask.nii.gz", "steps/known/mask", "mine/a"]
+        left = [f"results/{ended}/scene-2.obj", "steps/unknown/mask"]
+        for name in (*kept, *left):
+            await storage.write(name, b"x")
+        assert await files.sweep_orphans(store, storage, timedelta(days=1)) == []
+        assert sorted(await files.sweep_orphans(store, storage, timedelta(seconds=-1))) == sorted(left)
+        assert sorted([stat.name async for stat in storage.list()]) == sorted(kept)
+        assert (await executions.load(store, waiting)).execution.state == "pending"
+
+    run(go())

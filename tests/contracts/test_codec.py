@@ -1,0 +1,113 @@
+"""Values as bytes: exact, and damaged in no bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from scangraph.contracts import LabelMap, Scene, Surface, Volume
+from scangraph.contracts.codec import from_bytes, to_bytes
+from scangraph.contracts.errors import DamagedResult
+
+TURN = ((0.6, -0.8, 0.0), (0.8, 0.6, 0.0), (0.0, 0.0, 1.0))
+NUMBERS = [np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.float32, np.float64, np.bool_]
+
+
+@st.composite
+def volumes(draw: st.DrawFn) -> Volume:
+    shape = draw(hnp.array_shapes(min_dims=3, max_dims=4, max_side=6))
+    array = draw(hnp.arrays(draw(st.sampled_from(NUMBERS)), shape))
+    if draw(st.booleans()):
+        array = array[..., ::-1]  # not contiguous
+    return Volume(array, (1.5, 0.7, 0.1 + 0.2), (-1e3, 1 / 3, 5.0), TURN)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> Scene:
+    surfaces = []
+    for number in range(draw(st.integers(0, 4))):
+        vertices = draw(hnp.arrays(np.float32, (draw(st.integers(0, 9)), 3), elements=st.floats(-1e3, 1e3, width=32)))
+        faces = draw(hnp.arrays(np.int32, (draw(st.integers(0, 9)), 3), elements=st.integers(0, 8)))
+        surfaces.append(Surface(draw(st.text(max_size=20)), number, (number, 2, 255), vertices, faces))
+    return Scene(tuple(surfaces), draw(st.sampled_from(["LPS", "RAS"])), tuple(draw(st.lists(st.text(), max_size=3))))
+
+
+def same_array(one: Any, other: Any) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+@given(volumes())
+def test_volumes_come_back_bit_for_bit(volume: Volume) -> None:
+    again = from_bytes(to_bytes(volume))
+    assert type(again) is Volume
+    assert same_array(again.array, volume.array)
+    assert (again.spacing_mm, again.origin_mm, again.direction) == (volume.spacing_mm, volume.origin_mm, volume.direction)
+    assert not again.array.flags.writeable
+
+
+@given(hnp.arrays(st.sampled_from([np.uint8, np.uint16, np.uint32]), (3, 4, 5)), st.sets(st.integers(1, 255)))
+def test_label_maps_keep_their_labels(array: Any, labels: set[int]) -> None:
+    mask = LabelMap(array, (1, 2, 3), (0, 0, 0), TURN, tuple(labels))
+    again = from_bytes(to_bytes(mask))
+    assert type(again) is LabelMap
+    assert same_array(again.array, mask.array)
+    assert again.labels == mask.labels
+    assert again.same_grid(mask)
+
+
+@given(scenes())
+def test_scenes_keep_their_order_names_and_colours(scene: Scene) -> None:
+    again = from_bytes(to_bytes(scene))
+    assert isinstance(again, Scene)
+    assert (again.frame, again.notes, len(again.surfaces)) == (scene.frame, scene.notes, len(scene.surfaces))
+    for one, other in zip(again.surfaces, scene.surfaces, strict=True):
+        assert (one.name, one.label, one.color) == (other.name, other.label, other.color)
+        assert same_array(one.vertices_mm, other.vertices_mm)
+        assert same_array(one.faces, other.faces)
+
+
+@given(st.binary())
+def test_bytes_come_back(data: bytes) -> None:
+    assert from_bytes(to_bytes(data)) == data
+
+
+def test_other_byte_orders_come_back_as_ours() -> None:
+    array = np.arange(60, dtype=">i2").reshape(3, 4, 5)
+    again = from_bytes(to_bytes(Volume(array, (1, 1, 1))))
+    assert isinstance(again, Volume)
+    assert again.array.dtype == np.dtype("<i2")
+    assert np.array_equal(again.array, array)
+
+
+def test_equal_values_give_equal_bytes_and_masks_get_small() -> None:
+    array = np.zeros((40, 60, 80), np.uint8)
+    array[10:30, 20:40, 30:50] = 2
+    mask = LabelMap(array, (1, 1, 1), labels=(2,))
+    assert to_bytes(mask) == to_bytes(LabelMap(array.copy(), (1, 1, 1), labels=(2,)))
+    assert len(to_bytes(mask)) < array.nbytes / 50
+
+
+@settings(max_examples=30)
+@given(st.data())
+def test_every_damage_is_noticed(data: st.DataObject) -> None:
+    whole = to_bytes(LabelMap(np.arange(24, dtype=np.uint8).reshape(2, 3, 4), (1, 1, 1), labels=tuple(range(1, 24))))
+    position = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[position] ^= data.draw(st.integers(1, 255))
+    for damaged in (bytes(flipped), whole[:position], whole + b"\0"):
+        with pytest.raises(DamagedResult):
+            from_bytes(damaged)
+
+
+def test_strangers_are_refused() -> None:
+    with pytest.raises(TypeError):
+        to_bytes(object())  # type: ignore[arg-type]
+    import pickle
+
+    with pytest.raises(DamagedResult):
+        from_bytes(pickle.dumps({"a": 1}))

@@ -1,0 +1,183 @@
+"""The stage that reads and writes files, on a real storage."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.imageio.deployment import Imageio
+from deployments.imageio.kinds import kind_of
+from deployments.imageio.nifti import read_nifti, write_nifti
+from scangraph.contracts import LabelMap, Scene, Surface, Volume
+from scangraph.contracts.errors import (
+    DamagedResult,
+    EmptyFile,
+    FileMissing,
+    ImageFileError,
+    StorageUnavailable,
+    UnsupportedMedia,
+)
+from scangraph.settings import ImageioSettings
+from scangraph.storage import Storage, open_storage
+
+PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(tmp_path.as_uri())
+
+
+@pytest.fixture
+def imageio(tmp_path: Path) -> Imageio:
+    return Imageio(ImageioSettings(), tmp_path.as_uri(), {})
+
+
+def put(storage: Storage, name: str, data: bytes) -> str:
+    return asyncio.run(storage.write(name, data))
+
+
+def ct(low: int = -100) -> Volume:
+    return Volume(np.arange(low, low + 60, dtype=np.int16).reshape(3, 4, 5), (2.0, 1.5, 1.0), (1.0, 2.0, 3.0))
+
+
+def scene() -> Scene:
+    vertices = np.eye(4, 3, dtype=np.float32)
+    faces = np.array([[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]], np.int32)
+    return Scene((Surface("kidney_left", 3, (1, 2, 3), vertices, faces),), "LPS")
+
+
+# --- what is it? -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [
+        (PNG, "png"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "jpeg"),
+        (b"II*\x00" + bytes(20), "tiff"),
+        (b"MM\x00*" + bytes(20), "tiff"),
+        (bytes(128) + b"DICM" + bytes(20), "dicom"),
+        (b"PK\x03\x04" + bytes(20), "zip"),
+        (b"glTF\x02\0\0\0", "glb"),
+        (b"# made by hand\no thing\nv 0 0 0\nv 1 0 0\n", "obj"),
+        (bytes(344) + b"n+1\x00", "nifti"),
+        (gzip.compress(b"whatever"), "nifti"),
+        (b"", None),
+        (b"text\n" * 50, None),
+        (b"<html>v 0 0 0</html>\n", None),
+        (b"\x1f\x8b\x08 nonsense that does not inflate", None),
+        (b"MZ\x90\x00" + bytes(500), None),
+    ],
+)
+def test_kinds_are_found_by_content(start: bytes, kind: str | None) -> None:
+    found = kind_of(start)
+    assert (found.name if found else None) == kind
+
+
+def test_an_image_is_described_by_its_header_and_never_by_its_name(imageio: Imageio, storage: Storage) -> None:
+    put(storage, "picture.png", write_nifti(ct()))
+    found = asyncio.run(imageio.inspect("picture.png"))
+    assert found["kind"] == "nifti"
+    assert found["header"] == {
+        "shape_zyx": [3, 4, 5],
+        "spacing_mm": [2.0, 1.5, 1.0],
+        "origin_mm": [1.0, 2.0, 3.0],
+        "direction": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+        "dtype": "int16",
+        "decoded_bytes": 120,
+        "readable_as": ["image"],
+    }
+
+
+def test_what_may_be_a_mask_is_said(imageio: Imageio, storage: Storage) -> None:
+    array = np.full((3, 4, 5), 2, np.uint8)
+    put(storage, "mask", write_nifti(LabelMap(array, (1, 1, 1), labels=(2,))))
+    put(storage, "numbers", write_nifti(LabelMap(array + 188, (1, 1, 1), labels=(190,))))  # no label of the table
+    assert asyncio.run(imageio.inspect("mask"))["header"]["readable_as"] == ["image", "mask"]
+    assert asyncio.run(imageio.inspect("numbers"))["header"]["readable_as"] == ["image"]
+
+
+def test_bad_files_are_refused_in_the_gates_words(imageio: Imageio, storage: Storage) -> None:
+    whole = write_nifti(ct())
+    for name, data, error in (
+        ("empty", b"", EmptyFile),
+        ("text", b"hello\n" * 9, UnsupportedMedia),
+        ("cut", whole[: len(whole) // 2], ImageFileError),
+        ("zeros", gzip.compress(bytes(400)), ImageFileError),
+    ):
+        put(storage, name, data)
+        with pytest.raises(error):
+            asyncio.run(imageio.inspect(name))
+    with pytest.raises(FileMissing):
+        asyncio.run(imageio.inspect("none"))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_written_read_back_and_described(imageio: Imageio, storage: Storage) -> None:
+    mask = LabelMap(np.full((3, 4, 5), 2, np.uint8), (2, 1, 1), labels=(2,))
+    for value, kind, endings in (
+        (ct(), "image", [".nii.gz"]),
+        (mask, "mask", [".nii.gz"]),
+        (scene(), "scene", [".obj", ".mtl"]),
+        (PNG, "image2d", [".png"]),
+    ):
+        saved = asyncio.run(imageio.save(value, kind, f"results/1/{kind}"))  # type: ignore[arg-type]
+        assert [entry["filename"] for entry in saved] == [f"{kind}{ending}" for ending in endings]
+        for entry in saved:
+            data = asyncio.run(storage.read(entry["storage_name"]))
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["size"], entry["sha256"])
+    again = read_nifti(asyncio.run(storage.read("results/1/mask.nii.gz")), "mask.nii.gz", as_mask=True)
+    assert np.array_equal(again.array, mask.array)
+    obj = asyncio.run(storage.read("results/1/scene.obj"))
+    assert b"mtllib scene.mtl" in obj
+    with pytest.raises(TypeError):
+        asyncio.run(imageio.save(scene(), "mask", "results/1/wrong"))
+
+
+def test_what_another_executor_wrote_is_adopted_if_equal(imageio: Imageio, storage: Storage) -> None:
+    (first,) = asyncio.run(imageio.save(ct(), "image", "results/1/a"))
+    (again,) = asyncio.run(imageio.save(ct(), "image", "results/1/a"))
+    assert again == first
+    (other,) = asyncio.run(imageio.save(ct(-50), "image", "results/1/a"))
+    assert other["storage_name"] == "results/1/a-2.nii.gz"
+    assert other["filename"] == "a.nii.gz"
+    assert asyncio.run(storage.read("results/1/a.nii.gz")) != asyncio.run(storage.read("results/1/a-2.nii.gz"))
+
+
+def test_a_storage_that_gives_back_something_else_is_found_out(imageio: Imageio, monkeypatch: Any) -> None:
+    async def lie(path: str) -> str:
+        return "0" * 64
+
+    monkeypatch.setattr(imageio, "sha256", lie)
+    with pytest.raises(StorageUnavailable, match="could not be read back"):
+        asyncio.run(imageio.save(ct(), "image", "results/1/a"))
+
+
+def test_kept_results_come_back(imageio: Imageio, storage: Storage) -> None:
+    size = asyncio.run(imageio.keep(scene(), "steps/k/scene"))
+    assert size == asyncio.run(imageio.keep(scene(), "steps/k/scene"))  # the name says what made it
+    again = asyncio.run(imageio.recall("steps/k/scene"))
+    assert isinstance(again, Scene)
+    assert again.surfaces[0].name == "kidney_left"
+    data = asyncio.run(storage.read("steps/k/scene"))
+    asyncio.run(storage.delete("steps/k/scene"))
+    put(storage, "steps/k/scene", data[:-1])
+    with pytest.raises(DamagedResult):
+        asyncio.run(imageio.recall("steps/k/scene"))
+    with pytest.raises(FileMissing):
+        asyncio.run(imageio.recall("steps/none"))
+
+
+def test_hashes_are_of_the_stored_bytes(imageio: Imageio, storage: Storage) -> None:
+    data = np.random.default_rng(1).bytes(9 * 2**20)
+    put(storage, "a", data)
+    assert asyncio.run(imageio.sha256("a")) == hashlib.sha256(data).hexdigest()

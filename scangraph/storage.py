@@ -330,6 +330,8 @@ def _translated(path: str, writing: bool = False) -> Any:
     try:
         yield
     except (FileNotFoundError, NotFoundError) as error:
+        if writing or "NoSuchBucket" in str(error):
+            raise StorageUnavailable(path=path, reason="there is no such bucket or folder") from error
         raise FileMissing(path=path) from error
     except AlreadyExistsError as error:
         raise AlreadyWritten(path=path) from error

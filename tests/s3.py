@@ -13,12 +13,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import boto3
+import boto3  # type: ignore[import-untyped]
 import pytest
-from botocore.config import Config
+from botocore.config import Config  # type: ignore[import-untyped]
 
 from scangraph.cluster import free_port
 
@@ -45,6 +46,7 @@ class S3:
             "secret_access_key": "testtest",
         }
 
+    @cached_property
     def client(self) -> Any:
         """Return another library's client, for looking at what is really there."""
         return boto3.client(
@@ -52,17 +54,13 @@ class S3:
             endpoint_url=self.options["endpoint"],
             region_name="us-east-1",
             aws_access_key_id="test",
-            aws_secret_access_key="testtest",  # noqa: S106 - the test server's
+            aws_secret_access_key="testtest",
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 1}),
         )
 
     def parts_left(self, prefix: str = "") -> list[str]:
         """Return the names of uploads in parts that were neither finished nor given up."""
-        client = self.client()
-        try:
-            found = client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
-        finally:
-            client.close()
+        found = self.client.list_multipart_uploads(Bucket="bucket").get("Uploads", [])
         return [upload["Key"] for upload in found if upload["Key"].startswith(prefix)]
 
     def _answers(self) -> bool:
@@ -118,6 +116,7 @@ def moto() -> Iterator[Moto]:
     try:
         yield server
     finally:
+        server.client.close()
         server.stop()
 
 
@@ -199,11 +198,10 @@ def radosgw(folder: Path) -> Iterator[S3]:
             time.sleep(0.1)
         keys = ("--access-key=test", "--secret=testtest")
         call("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
-        client = server.client()
-        client.create_bucket(Bucket="bucket")
-        client.close()
+        server.client.create_bucket(Bucket="bucket")
         yield server
     finally:
+        server.client.close()
         for process in reversed(running):
             process.kill()
             process.wait()

@@ -247,20 +247,26 @@ class Runner:
     # --- inputs ------------------------------------------------------------------------------------------------------------
 
     async def _open_inputs(self) -> None:
+        # What a backend put into the storage itself, it may also replace: such a hash is good for this run only.
+        unknown = [entry for entry in executions.input_entries(self._claim.inputs) if not entry.get("file_id")]
+        for entry in unknown:
+            entry["sha256"] = await self._tools.stages.sha256(str(entry["path"]))
+        if unknown:
+            await executions.note_inputs(self._tools.store, self._claim, self._claim.inputs)
         for name, given in self._claim.inputs.items():
             kind = self._spec.inputs[name].kind
             self._inputs[name] = (
-                [await self._open(kind, one) for one in given] if isinstance(given, list) else await self._open(kind, given)
+                [self._open(kind, one) for one in given] if isinstance(given, list) else self._open(kind, given)
             )
 
-    async def _open(self, kind: str, given: Mapping[str, Any]) -> Value:
+    def _open(self, kind: str, given: Mapping[str, Any]) -> Value:
         if kind not in _READABLE:
             raise InvalidParameters(
                 component=self._claim.pipeline, detail=f"{given['path']}: a {kind} cannot be read from a file"
             )
         path, scheme = str(given["path"]), given.get("label_scheme") if kind == "mask" else None
-        digest = given.get("sha256") or await self._tools.stages.sha256(path)
-        key = (str(digest), kind, scheme)
+        digest = str(given["sha256"])
+        key = (digest, kind, scheme)
 
         async def read() -> Any:
             ref = self._tools.held.get(key)
@@ -269,7 +275,7 @@ class Runner:
                 self._tools.held.put(key, ref, int(given.get("decoded_bytes") or 0))
             return ref
 
-        return Value(":".join((kind, str(digest), scheme or "")), read)
+        return Value(":".join((kind, digest, scheme or "")), read)
 
     def _source(self, source: str) -> Any:
         origin, _, name = source.partition(".")

@@ -400,7 +400,8 @@ def execution_routes(services: Access) -> APIRouter:
             before=cursors.decode(cursor) if cursor else None,
             limit=limit + 1,
         )
-        page = ExecutionPage(items=[list_view(row) for row in rows[:limit]])
+        told = await executions.latest(services().store, [row.id for row in rows[:limit]])
+        page = ExecutionPage(items=[list_view(row, told.get(row.id, {})) for row in rows[:limit]])
         if len(rows) > limit:
             page.next_cursor = cursors.encode(rows[limit - 1].created_at, rows[limit - 1].id)
             target = request.url.include_query_params(cursor=page.next_cursor)

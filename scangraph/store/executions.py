@@ -315,7 +315,10 @@ async def _estimate(session: AsyncSession, execution: Execution, position: int |
 async def _durations(session: AsyncSession, *conditions: Any) -> list[tuple[float, int | None]]:
     """Return (seconds, input bytes) of the last completed runs."""
     query = select(Execution.started_at, Execution.completed_at, Execution.input_bytes)
-    query = query.where(Execution.state == "completed", *conditions).order_by(Execution.created_at.desc()).limit(_HISTORY)
+    # Where a result was known, the time says nothing about the next run.
+    known = select(Step.step_id).where(Step.execution_id == Execution.id, Step.cached).exists()
+    query = query.where(Execution.state == "completed", ~known, *conditions)
+    query = query.order_by(Execution.created_at.desc()).limit(_HISTORY)
     rows = (await session.execute(query)).all()
     return [((end - start).total_seconds(), size) for start, end, size in rows if start and end]
 
@@ -377,6 +380,17 @@ async def events_since(store: Store, seen: Mapping[str, int], limit: int = 500) 
         conditions = or_(*(and_(Event.execution_id == key, Event.seq > seq) for key, seq in behind))
         events = select(Event).where(conditions).order_by(Event.execution_id, Event.seq).limit(limit)
         return list((await session.execute(events)).scalars())
+
+
+@whole
+async def latest(store: Store, execution_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what listeners were told last of each execution."""
+    async with store.read() as session:
+        query = select(Event.execution_id, Event.body).join(
+            Execution, and_(Execution.id == Event.execution_id, Execution.last_seq == Event.seq)
+        )
+        rows = (await session.execute(query.where(Execution.id.in_(execution_ids)))).all()
+        return {row[0]: row[1] for row in rows}
 
 
 @whole
@@ -519,6 +533,13 @@ async def give_back(store: Store, claim: Claim) -> None:
         running = update(Step).where(Step.execution_id == claim.execution_id, Step.state == "running")
         await session.execute(running.values(state="pending", message="interrupted", done=0, total=0))
         await _tell(session, claim.execution_id)
+
+
+@whole
+async def note_inputs(store: Store, claim: Claim, inputs: Mapping[str, Any]) -> None:
+    """Write down what was found out about the inputs: the hashes of those that a backend put into the storage itself."""
+    async with store.write() as session:
+        await _guard(session, claim, inputs=dict(inputs))
 
 
 @whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import scangraph
@@ -47,9 +47,10 @@ def to_view(record: Record) -> ExecutionView:
     )
 
 
-def list_view(row: Execution) -> ExecutionView:
-    """Show an execution in a list, without its steps."""
-    return _summary(row)
+def list_view(row: Execution, told: Mapping[str, Any]) -> ExecutionView:
+    """Show an execution in a list, without its steps; `told` is what listeners were told last."""
+    update = {key: told[key] for key in ("progress_percentage", "current_step") if key in told}
+    return _summary(row).model_copy(update=update)
 
 
 def _summary(row: Execution) -> ExecutionView:

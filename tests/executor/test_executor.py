@@ -136,6 +136,7 @@ def test_a_diamond_runs_to_its_files_and_manifest(in_house: Any) -> None:
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)
         manifest = json.loads(await house.storage.read(record.files[-1].storage_name))
         assert file_hashes(record) <= set(json.dumps(manifest).replace('"', " ").split())
+        assert manifest["inputs"]["image"]["sha256"] == hashlib.sha256(await house.storage.read("ct.nii.gz")).hexdigest()
         assert record.steps[0].warnings == ["made by a test"]
         assert record.steps[0].started_at <= record.steps[0].completed_at <= record.execution.completed_at  # type: ignore[operator]
 
@@ -368,3 +369,17 @@ def test_no_more_run_at_once_than_may(in_house: Any) -> None:
         assert most == 2
 
     in_house(test, max_running=2)
+
+
+def test_an_input_that_a_backend_replaced_is_another_input(in_house: Any) -> None:
+    async def test(house: House) -> None:
+        house.executor()
+        first = await house.wait(await house.submit())
+        await house.storage.delete("ct.nii.gz")
+        await house.storage.write("ct.nii.gz", write_nifti(constant_volume(-40)))
+        second = await house.wait(await house.submit())
+        assert file_hashes(first) != file_hashes(second)
+        assert not second.steps[0].cached
+        assert first.execution.inputs["image"]["sha256"] != second.execution.inputs["image"]["sha256"]
+
+    in_house(test)

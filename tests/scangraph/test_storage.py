@@ -69,20 +69,8 @@ async def names(storage: Storage, prefix: str = "") -> list[str]:
 # --- the contract ----------------------------------------------------------------------------------------------------------
 
 
-ODD = [
-    "a",
-    "a/b/c.nii.gz",
-    "ct (1).nii.gz",
-    "größe.nii",
-    "e\u0301",
-    "x[1]{2}.gz",
-    "50%.txt",
-    "a%20b%2Fc",
-    "~a",
-    "a b/ c",
-    "ct#1.nii",
-]
-ODD += ["a*b?", "a:b", "a&b=c+d", 'it\'s;"a",<b>|^`$', "-x", "…", "結果.png"]
+ODD = ["a", "a/b/c.nii.gz", "ct (1).nii.gz", "größe.nii", "e\u0301", "x[1]{2}.gz", "50%.txt", "a%20b%2Fc", "~a", "a b/ c"]
+ODD += ["ct#1.nii", "a*b?", "a:b", "a&b=c+d", 'it\'s;"a",<b>|^`$', "-x", "…", "結果.png"]
 
 
 @pytest.mark.parametrize("name", ODD)
@@ -190,8 +178,6 @@ def test_parts_are_read(storage: Storage, run: Any) -> None:
         await storage.write("empty", b"")
         for start, end in ((0, None), (0, 512), (5, None)):
             assert [chunk async for chunk in storage.stream("empty", start, end)] in ([], [b""])
-        chunks = [len(chunk) async for chunk in storage.stream("a", chunk=2**18)]
-        assert max(chunks) < 2**20
         for start in (0, 5):
             with pytest.raises(FileMissing):
                 _ = [chunk async for chunk in storage.stream("b", start)]
@@ -320,11 +306,11 @@ async def go():
     assert await storage.read("warm") == b"from another process"
     before, seen = most(), hashlib.sha256()
     async with storage.writer("large") as file:
-        for _ in range(160):
+        for _ in range(96):
             await file.write(os.urandom(2**20))
     async for chunk in storage.stream("large"):
         seen.update(chunk)
-    assert (seen.hexdigest(), file.size) == (file.sha256, 160 * 2**20)
+    assert (seen.hexdigest(), file.size) == (file.sha256, 96 * 2**20)
     print(most() - before)
 asyncio.run(go())
 """
@@ -343,8 +329,8 @@ def test_a_large_file_takes_little_memory_in_any_process(
     command = [sys.executable, "-c", PROGRAM, url, json.dumps(options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 80
-    assert run(storage.head("large")).size == 160 * 2**20
+    assert float(done.stdout) < 64
+    assert run(storage.head("large")).size == 96 * 2**20
     run(storage.delete("large"))
 
 
@@ -354,7 +340,7 @@ def test_a_large_file_takes_little_memory_in_any_process(
 def test_an_outage_is_told_soon(run: Any) -> None:
     async def stream() -> None:
         async with storage.writer("c") as file:
-            for _ in range(40):
+            for _ in range(12):
                 await file.write(bytes(2**20))
             server.stop()
             await file.write(bytes(2**20))
@@ -441,7 +427,8 @@ def test_wrong_credentials_are_no_missing_file(ceph: S3, run: Any) -> None:
 
 def test_a_bucket_that_is_not_there(s3: S3, run: Any) -> None:
     storage = open_storage("s3://nowhere/x", s3.options)
-    with pytest.raises((StorageUnavailable, FileMissing)):
-        run(storage.read("a"))
-    with pytest.raises(StorageUnavailable):
-        run(storage.write("a", b"x"))
+    for call in (storage.read("a"), storage.write("a", b"x"), names(storage)):
+        with pytest.raises(StorageUnavailable, match="no such bucket"):
+            run(call)
+    with pytest.raises(FileMissing):  # there is no text in an answer to HEAD
+        run(storage.head("a"))

@@ -38,7 +38,7 @@ def scenes(draw: st.DrawFn) -> Scene:
 
 
 def same_array(one: Any, other: Any) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return bool(one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes())
 
 
 @given(volumes())

@@ -131,8 +131,9 @@ def test_phases_lists_and_what_may_be_missing() -> None:
         {"name": "Capital"}, {"name": "1st"}, {"name": "a_b"}, {"name": ""}, {"name": "a" * 64}, {"name": "a\n"},
         {"name": "c0ffee00-0000-4000-8000-000000000000"},
         {"inputs": {}}, {"steps": []}, {"outputs": {}}, {"more": 1}, {"inputs": {"a.b": {"kind": "image"}}},
-        {"outputs": {"out": "a"}}, {"outputs": {"out": "a.b.c"}}, {"outputs": {"out": "a."}}, {"inputs": {"i": {"kind": "film"}}},
-        {"steps": [{**SEGMENT, "timeout_seconds": 0}]}, {"steps": [{**SEGMENT, "attempts": 0}]}, {"steps": [{**SEGMENT, "attempts": 11}]},
+        {"outputs": {"out": "a"}}, {"outputs": {"out": "a.b.c"}}, {"outputs": {"out": "a."}},
+        {"inputs": {"i": {"kind": "film"}}}, {"steps": [{**SEGMENT, "timeout_seconds": 0}]},
+        {"steps": [{**SEGMENT, "attempts": 0}]}, {"steps": [{**SEGMENT, "attempts": 11}]},
         {"steps": [{**SEGMENT, "id": "x"}] * 65},
     ],
 )  # fmt: skip
@@ -222,7 +223,8 @@ def test_parameters_find_their_steps() -> None:
         ({"steps": []}, ["/parameters/steps"]),
         ({"steps": {"a": {"level": 99}}}, ["/parameters/steps/a/level"]),
         ({"steps": {"a": {"sides": [1, "x"]}}}, ["/parameters/steps/a/sides/1"]),
-        ({"steps": {"a": {"no": 1}, "b": {"level": -1}}, "more": 0}, ["/parameters/more", "/parameters/steps/a/no", "/parameters/steps/b/level"]),
+        ({"steps": {"a": {"no": 1}, "b": {"level": -1}}, "more": 0},
+         ["/parameters/more", "/parameters/steps/a/no", "/parameters/steps/b/level"]),
     ],
 )  # fmt: skip
 def test_faults_of_parameters_point_at_them(given: dict[str, Any], pointers: list[str]) -> None:

@@ -11,7 +11,6 @@ import pytest
 from deployments.imageio.nifti import read_nifti, write_nifti
 from scangraph.accounts_cli import local_token
 from scangraph.client import Client, Update
-from scangraph.contracts import LabelMap
 from scangraph.contracts.errors import NotEnded
 from scangraph.phantoms import Phantom
 from scangraph.settings import Settings
@@ -42,7 +41,7 @@ def test_a_scan_goes_up_and_its_organs_come_down(
             assert (len(here), sha256(here)) == (output.size, output.sha256)
             assert client.file(output.file_id).sha256 == output.sha256
         (mask,) = done.files["mask"]
-        found = read_nifti(mask.read_bytes(), mask.name, LabelMap)
+        found = read_nifti(mask.read_bytes(), mask.name, as_mask=True)
         assert found.array.shape == phantom.volumes["portal"].array.shape
         assert np.count_nonzero(found.array)
 

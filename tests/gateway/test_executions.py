@@ -125,12 +125,13 @@ def test_a_form_brings_its_files(gateway: Gateway) -> None:
 def test_a_form_that_is_refused_leaves_nothing(gateway: Gateway) -> None:
     data = write_nifti(constant_volume(4))
     with gateway.client("fay") as client:
+
         def refused(fields: Any, files: Any, status: int, code: str) -> None:
             problem(client.post("/v1/executions", data=fields, files=files), status, code)
 
         image = [("image", ("ct.nii.gz", data))]
         refused({"pipeline_id": "no-such-pipeline"}, image, 404, "not-found")
-        refused({"pipeline_id": ORGANS}, image + [("more", ("b.nii.gz", data))], 422, "invalid-inputs")
+        refused({"pipeline_id": ORGANS}, [*image, ("more", ("b.nii.gz", data))], 422, "invalid-inputs")
         refused({"pipeline_id": ORGANS}, image * 2, 422, "invalid-inputs")
         refused({"pipeline_id": ORGANS}, [("input_files", ("a.nii.gz", data))] * 2, 422, "invalid-inputs")
         refused({"pipeline_id": ORGANS, "parameters": '{"step_size": 9}'}, image, 422, "invalid-inputs")
@@ -233,7 +234,9 @@ def test_only_ones_own_are_there(gateway: Gateway) -> None:
         assert admin.get(address).json()["execution_id"] == execution_id
 
         def listed(client: httpx.Client, **params: Any) -> list[str]:
-            return [item["execution_id"] for item in client.get("/v1/executions", params={"limit": 200, **params}).json()["items"]]
+            return [
+                item["execution_id"] for item in client.get("/v1/executions", params={"limit": 200, **params}).json()["items"]
+            ]
 
         owner = gateway.account("ann", "operator").id
         assert execution_id in listed(ann)

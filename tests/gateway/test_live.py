@@ -16,6 +16,7 @@ from sqlalchemy import insert
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
 from deployments.gateway import live
 from scangraph.contracts.api import Role
@@ -103,9 +104,9 @@ def test_a_token_comes_first(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) 
 
 def test_pages_of_others_may_not_connect(gateway: Gateway) -> None:
     with pytest.raises(InvalidStatus) as caught:
-        connect(address(gateway), origin="https://evil.example")  # type: ignore[arg-type]
+        connect(address(gateway), origin=Origin("https://evil.example"))
     assert caught.value.response.status_code == 403
-    with connect(address(gateway), origin=gateway.urls[0]) as socket:  # type: ignore[arg-type]
+    with connect(address(gateway), origin=Origin(gateway.urls[0])) as socket:
         say(socket, type="ping")
         assert hear(socket)["type"] == "pong"
 
@@ -184,7 +185,7 @@ def test_snapshot_then_progress_then_the_end(gateway: Gateway) -> None:
         gateway.run(executions.start_step(gateway.store, claim, "organs"))
         gateway.progress(claim, "organs", 5)
         gateway.complete(claim)
-        told = []
+        told: list[dict[str, Any]] = []
         while not told or told[-1]["status"] not in ENDED:
             told.append(hear(socket))
         assert silent(socket)

@@ -130,7 +130,7 @@ def test_results_are_written_read_back_and_described(imageio: Imageio, storage: 
         (scene(), "scene", [".obj", ".mtl"]),
         (PNG, "image2d", [".png"]),
     ):
-        saved = asyncio.run(imageio.save(value, kind, f"results/1/{kind}"))  # type: ignore[arg-type]
+        saved = asyncio.run(imageio.save(value, kind, f"results/1/{kind}"))
         assert [entry["filename"] for entry in saved] == [f"{kind}{ending}" for ending in endings]
         for entry in saved:
             data = asyncio.run(storage.read(entry["storage_name"]))

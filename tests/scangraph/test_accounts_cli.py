@@ -99,4 +99,4 @@ def test_the_owner_of_the_folder_gets_a_token_without_a_password(scangraph: Comm
     assert login(tmp_path, name, password).id == claims.account_id
     scangraph("token", "--name", "nobody", error=NoSuch)
     for minutes in ("0", "1441"):
-        scangraph("token", "--minutes", minutes, error=SystemExit)  # type: ignore[arg-type]
+        scangraph("token", "--minutes", minutes, error=SystemExit)

@@ -358,7 +358,7 @@ def test_a_renewal_outlives_the_request_that_wanted_it(server: Server) -> None:
         box.login = old = Login(box.login.access_token, box.login.refresh_token, 0)
         async with AsyncClient(server.url, keep=box) as client:
             asking = asyncio.create_task(client.me())
-            while not client._session.access._renewals:
+            while not client._session.access._renewals:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             await asyncio.sleep(0.001)  # it is on its way
             asking.cancel()
@@ -622,8 +622,16 @@ def test_an_upload_goes_on_when_its_gateway_was_lost(scripted: Any, monkeypatch:
     data = png(100)
     at, file = {"upload-offset": "50"}, {"upload-offset": "100", "scangraph-file": "f"}
     view = {
-        **{"id": "f", "filename": "p.png", "kind": "png", "media_type": "image/png", "size": 100, "path": "files/f/p.png"},
-        **{"created_at": "2026-01-01T00:00:00Z", "origin": "upload", "download_url": "/v1/files/f", "metadata": {}},
+        "id": "f",
+        "filename": "p.png",
+        "kind": "png",
+        "media_type": "image/png",
+        "size": 100,
+        "path": "files/f/p.png",
+        "created_at": "2026-01-01T00:00:00Z",
+        "origin": "upload",
+        "download_url": "/v1/files/f",
+        "metadata": {},
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     url, asked = scripted(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from argon2 import PasswordHasher
 
 from scangraph.contracts.errors import NameTaken, NoSuch, Unauthenticated
 from scangraph.store import Store, accounts, now
@@ -98,6 +99,68 @@ def test_of_many_uses_at_once_at_most_one_wins(store: Store, run: Any) -> None:
         chain = await accounts.begin_chain(store, account, 60)
         outcomes = await asyncio.gather(*(accounts.next_link(store, chain.token, 60) for _ in range(8)), return_exceptions=True)
         assert sum(isinstance(outcome, accounts.Chain) for outcome in outcomes) == 1
+
+    run(go())
+
+
+@pytest.mark.parametrize("change", ["logout", "password", "role", "theft"])
+def test_no_link_outlives_what_ended_its_chain(store: Store, run: Any, change: str) -> None:
+    """Whoever refreshes at that moment gets nothing that is good afterwards."""
+
+    async def go() -> None:
+        account = await accounts.create_account(store, "alice", "editor", PASSWORD)
+        hashed = await accounts._hash(PASSWORD)
+        for n in range(25):
+            account = await accounts.find_account(store, "alice")
+            first = await accounts.begin_chain(store, account, 60)
+            second = await accounts.next_link(store, first.token, 60)
+
+            async def end(n: int = n, first: accounts.Chain = first, account: Any = account) -> None:
+                match change:
+                    case "logout":
+                        await accounts.log_out(store, account.id, f"jti-{n}", now() + timedelta(seconds=60))
+                    case "password":
+                        await accounts._change(store, "alice", {"password_hash": hashed})
+                    case "role":
+                        await accounts.set_role(store, "alice", "editor")
+                    case _:
+                        with pytest.raises(Unauthenticated):
+                            await accounts.next_link(store, first.token, 60)
+
+            last, _ = await asyncio.gather(accounts.next_link(store, second.token, 60), end(), return_exceptions=True)
+            for chain in (second, last):
+                if isinstance(chain, accounts.Chain):
+                    with pytest.raises(Unauthenticated):
+                        await accounts.next_link(store, chain.token, 60)
+
+    run(go())
+
+
+def test_a_login_that_was_overtaken_gets_nothing(store: Store, run: Any) -> None:
+    async def go() -> None:
+        await accounts.create_account(store, "alice", "editor", PASSWORD)
+        for change in (
+            lambda: accounts.set_role(store, "alice", "viewer"),
+            lambda: accounts.set_enabled(store, "alice", enabled=False),
+            lambda: accounts.remove_account(store, "alice"),
+        ):
+            account = await accounts.find_account(store, "alice")  # its password was found right
+            await change()
+            with pytest.raises(Unauthenticated):
+                await accounts.begin_chain(store, account, 60)
+
+    run(go())
+
+
+def test_a_hash_of_weaker_parameters_is_made_anew_at_login(store: Store, run: Any) -> None:
+    async def go() -> None:
+        await accounts.create_account(store, "alice", "editor", PASSWORD)
+        weak = PasswordHasher(time_cost=1, memory_cost=8192, parallelism=1).hash(PASSWORD)
+        await accounts._change(store, "alice", {"password_hash": weak})
+        for _ in range(2):
+            await accounts.check_password(store, "alice", PASSWORD)
+            found = (await accounts.find_account(store, "alice")).password_hash
+            assert found.startswith("$argon2id$v=19$m=65536,t=3,p=4$")
 
     run(go())
 

@@ -70,10 +70,20 @@ class Stage:
 
     async def identity(self, component_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return what, besides version, parameters and inputs, decides a component's result; a stage with models says more."""
-        if component_id not in self._operations:
-            raise UnknownComponent(component=component_id, known=", ".join(self._operations))
+        self.operation(component_id)
         del parameters
         return {}
+
+    def operation(self, component_id: str) -> tuple[Component, Operation]:
+        """Return a component and its function; a stage whose components come and go says here which there are.
+
+        Raises
+        ------
+        UnknownComponent
+        """
+        if component_id not in self._operations:
+            raise UnknownComponent(component=component_id, known=", ".join(self._operations))
+        return self._operations[component_id]
 
     async def ready(self) -> bool:
         """Answer: the stage is up."""
@@ -100,9 +110,7 @@ class Stage:
         ------
         Progress, then StepSummary, then the outputs
         """
-        if component_id not in self._operations:
-            raise UnknownComponent(component=component_id, known=", ".join(self._operations))
-        component, function = self._operations[component_id]
+        component, function = self.operation(component_id)
         model = component.parameters.model_validate(dict(parameters))
         values = {port: await _fetch(ref) for port, ref in inputs.items()}
 
@@ -128,6 +136,7 @@ class Stage:
         yield Progress(0, 0, WAITING)
         job = loop.run_in_executor(self._thread, work)
         job.add_done_callback(lambda _: news.put_nowait(None))
+        job.add_done_callback(_look_at)
         try:
             while (item := await _newest(news)) is not None:
                 if time.monotonic() - told >= _USAGE_SECONDS:
@@ -158,6 +167,12 @@ class Stage:
     def _usage(self) -> dict[str, float]:
         """Return what this process uses."""
         return {"cpu_percent": self._process.cpu_percent(), "rss_mb": round(self._process.memory_info().rss / 2**20, 1)}
+
+
+def _look_at(job: asyncio.Future[Any]) -> None:
+    """Take note of how it ended: when nobody listens any more, that it was stopped is no news for the log."""
+    if not job.cancelled():
+        job.exception()
 
 
 async def _fetch(ref: Any) -> Any:

@@ -34,6 +34,7 @@ _WHOLE = 64 * 1024 * 1024
 _FULL = re.compile(r"os error (28|122|27)\b")  # ENOSPC, EDQUOT, EFBIG
 _NOT_A_FOLDER = re.compile(r"os error (20|21|17|39)\b")
 _ABSENT = re.compile(r"os error (2|20)\b")
+_NO_BUCKET = re.compile(r"NoSuchBucket")
 
 #: An outage is told within seconds, not minutes: whoever waits can do better than wait. A whole request has no limit, for a
 #: download takes as long as whoever reads it.
@@ -330,7 +331,7 @@ def _translated(path: str, writing: bool = False) -> Any:
     try:
         yield
     except (FileNotFoundError, NotFoundError) as error:
-        if writing or "NoSuchBucket" in str(error):
+        if writing or _NO_BUCKET.search(str(error)):
             raise StorageUnavailable(path=path, reason="there is no such bucket or folder") from error
         raise FileMissing(path=path) from error
     except AlreadyExistsError as error:
@@ -338,6 +339,8 @@ def _translated(path: str, writing: bool = False) -> Any:
     except (BaseError, OSError) as error:
         text = str(error).partition("\n")[0]
         whole = str(error)
+        if _NO_BUCKET.search(whole):
+            raise StorageUnavailable(path=path, reason="there is no such bucket or folder") from error
         if _FULL.search(whole):
             raise StorageFull(path=path, reason="no space left") from error
         if "os error 36" in whole or "InvalidPath" in type(error).__name__ or "are not supported" in text:

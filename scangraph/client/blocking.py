@@ -24,6 +24,8 @@ class _Loop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        #: What is being iterated over.
+        self.iterators: set[AsyncGenerator[Any]] = set()
         self.thread = threading.Thread(target=self.loop.run_forever, name="scangraph-client", daemon=True)
         self.thread.start()
 
@@ -47,12 +49,26 @@ class _Loop:
         if threading.current_thread() is self.thread:  # forgotten, and found by the collector in here
             self.loop.stop()
             return
-        for work in (last(), self.loop.shutdown_asyncgens()):
+        # The outermost generators close those inside them. `shutdown_asyncgens` closes all at the same time, and one that is
+        # being closed cannot be closed: its connection stayed open.
+        for work in (*(_close(iterator) for iterator in list(self.iterators)), last(), _end_tasks()):
             with contextlib.suppress(Exception):
                 self.run(work)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
+
+
+async def _close(iterator: AsyncGenerator[Any]) -> None:
+    await iterator.aclose()
+
+
+async def _end_tasks() -> None:
+    """End what still runs on this loop, as `asyncio.run` does."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _blocking(
@@ -71,6 +87,7 @@ def _iterating(
     @functools.wraps(method)
     def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> Generator[T]:
         items = method(self._client, *args, **kwargs)
+        self._loop.iterators.add(items)
 
         async def following() -> tuple[T] | None:
             try:
@@ -78,15 +95,13 @@ def _iterating(
             except StopAsyncIteration:
                 return None
 
-        async def close() -> None:
-            await items.aclose()
-
         try:
             while (item := self._loop.run(following())) is not None:
                 yield item[0]
         finally:
+            self._loop.iterators.discard(items)
             if not self._loop.loop.is_closed():  # else it was ended with it
-                self._loop.run(close())
+                self._loop.run(_close(items))
 
     return call
 

@@ -36,12 +36,12 @@ def percentile(values: list[float], part: float) -> float:
     return round(1000 * sorted(values)[min(int(part * len(values)), len(values) - 1)], 1)
 
 
-async def flood(service: ServiceProcess, number: int) -> dict[str, Any]:
+async def flood(service: ServiceProcess, number: int, in_flight: int) -> dict[str, Any]:
     """Post them all, and wait until all have ended."""
     headers = {"Authorization": f"Bearer {service.token()}"}
     latencies: list[float] = []
     statuses: Counter[int] = Counter()
-    gate = asyncio.Semaphore(50)
+    gate = asyncio.Semaphore(in_flight)
     async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=60) as client:
 
         async def post(n: int) -> str:
@@ -79,6 +79,7 @@ async def flood(service: ServiceProcess, number: int) -> dict[str, Any]:
         after = {name: service.memory_mb(name) for name in CONTROL}
     return {
         "executions": number,
+        "in flight": in_flight,
         "answers": dict(statuses),
         "distinct": len(set(ids)),
         "posted in s": round(posted, 1),
@@ -131,6 +132,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--executions", type=int, default=1000)
+    parser.add_argument("--in-flight", type=int, default=16, help="requests at a time")
     parser.add_argument("--seconds", type=float, default=8)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="scangraph-load-") as folder:
@@ -144,7 +146,7 @@ def main() -> None:
         port = free_port("127.0.0.1")
         peer: Any = None
         try:
-            result = asyncio.run(flood(service, arguments.executions))
+            result = asyncio.run(flood(service, arguments.executions, arguments.in_flight))
             print(result, flush=True)
             headers = {"Authorization": f"Bearer {service.token()}"}
             url = f"/v1/executions/{result['id']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,6 +170,48 @@ async def _changeable(session: AsyncSession, name: str, etag: str) -> tuple[Pipe
 
 
 @whole
+async def find_built_in(store: Store, spec: PipelineSpec) -> Stored:
+    """Return a built-in pipeline, made now where it is not there yet: its component may be younger than the last sync.
+
+    Raises
+    ------
+    NameTaken
+        If somebody has another pipeline of its name.
+    """
+    key = str(uuid.uuid5(_NAMESPACE, spec.name))
+    async with store.read() as session:
+        row = await session.get(Pipeline, key)
+        revision = await session.get(PipelineRevision, (key, row.revision)) if row and not row.deleted_at else None
+        if row is not None and revision is not None and revision.spec == spec.model_dump(mode="json"):
+            return _stored(row, revision)
+    with contextlib.suppress(IntegrityError):  # another replica was faster, or somebody has the name: looked at next
+        await _bring(store, key, spec)
+    async with store.read() as session:
+        row = await session.get(Pipeline, key)
+        revision = await session.get(PipelineRevision, (key, row.revision)) if row and not row.deleted_at else None
+        if row is None or revision is None:
+            raise NameTaken(kind="pipeline", name=spec.name)
+        return _stored(row, revision)
+
+
+async def _bring(store: Store, key: str, spec: PipelineSpec | None) -> None:
+    """Bring one built-in pipeline up to date, or take it away."""
+    async with store.write() as session:
+        row = (await session.execute(select(Pipeline).where(Pipeline.id == key).with_for_update())).scalar_one_or_none()
+        if spec is None:
+            if row is not None:
+                row.name, row.deleted_at = None, now()
+        elif row is None:
+            await _make(session, key, spec, None, built_in=True)
+        else:
+            row.deleted_at = None
+            current = await session.get(PipelineRevision, (key, row.revision))
+            if current is None or current.spec != spec.model_dump(mode="json"):
+                await _revise(session, row, spec, row.revision + 1, None)
+            row.name = spec.name
+
+
+@whole
 async def sync_built_in(store: Store, specs: Sequence[PipelineSpec]) -> None:
     """Bring the built-in pipelines up to date: a changed one gets a new revision, one that is no more is taken away.
 
@@ -189,18 +232,6 @@ async def sync_built_in(store: Store, specs: Sequence[PipelineSpec]) -> None:
     gone = [key for key, (row, _) in known.items() if key not in wanted and row.deleted_at is None]
     for key in (*outdated, *gone):
         try:
-            async with store.write() as session:
-                row = (await session.execute(select(Pipeline).where(Pipeline.id == key).with_for_update())).scalar_one_or_none()
-                if key not in wanted:
-                    if row is not None:
-                        row.name, row.deleted_at = None, now()
-                elif row is None:
-                    await _make(session, key, wanted[key], None, built_in=True)
-                else:
-                    row.deleted_at = None
-                    current = await session.get(PipelineRevision, (key, row.revision))
-                    if current is None or current.spec != wanted[key].model_dump(mode="json"):
-                        await _revise(session, row, wanted[key], row.revision + 1, None)
-                    row.name = wanted[key].name
+            await _bring(store, key, wanted.get(key))
         except IntegrityError:
             continue

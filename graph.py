@@ -22,9 +22,15 @@ from deployments.postprocess.deployment import Postprocess
 from deployments.smoothing import components as smoothing
 from deployments.smoothing.deployment import Smoothing
 from runtime_envs import runtime_env
+from scangraph.catalog import Catalog
 from scangraph.settings import Settings, StageSettings, load_settings
 
 COMPONENTS = (*nnunet.COMPONENTS, *postprocess.COMPONENTS, *smoothing.COMPONENTS)
+
+
+def catalog(settings: Settings) -> Catalog:
+    """Return what can be run with these settings: the above, and a component of its own for every other installed model."""
+    return Catalog(COMPONENTS, settings.model_folders, nnunet.component_of)
 
 
 def build_app(settings: Settings) -> Application:
@@ -55,15 +61,15 @@ def build_app(settings: Settings) -> Application:
         return deployment(cls).bind(*arguments)
 
     stages = {
-        "imageio": stage(Imageio, "imageio", s.imageio, s.imageio, s.storage, s.storage_options),
+        "imageio": stage(Imageio, "imageio", s.imageio, s.imageio, s.storage, s.storage_options, s.model_folders),
         "nnunet": stage(Nnunet, "nnunet", s.nnunet, s.nnunet, s.model_folders, num_gpus=s.nnunet.num_gpus or 0),
         "postprocess": stage(Postprocess, "postprocess", s.postprocess),
         "smoothing": stage(Smoothing, "smoothing", s.smoothing),
     }
-    executor = control(Executor, "executor", s, COMPONENTS, stages)
+    executor = control(Executor, "executor", s, catalog(s), stages)
     gateway = build_gateway(COMPONENTS, s.gateway)
     replicas = {"min_replicas": s.gateway.min_replicas, "max_replicas": s.gateway.max_replicas}
-    return control(gateway, "gateway", s, COMPONENTS, executor, stages["imageio"], autoscaling_config=replicas)
+    return control(gateway, "gateway", s, catalog(s), executor, stages["imageio"], autoscaling_config=replicas)
 
 
 def build(args: dict[str, Any]) -> Application:

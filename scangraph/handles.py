@@ -242,7 +242,8 @@ class Connection:
         self._thread.start()
         self._application = application
         self._handles: dict[str, DeploymentHandle[Any]] = {}
-        self._components: dict[str, Component] = {c.id: c for c in self._ask("executor", "components").result()}
+        self._components: dict[str, Component] = {}
+        self._refresh()
 
     def __enter__(self) -> Self:
         return self
@@ -278,8 +279,12 @@ class Connection:
 
     @property
     def components(self) -> dict[str, Component]:
-        """Declarations of everything that can be run, by id."""
-        return dict(self._components)
+        """Declarations of everything that can be run now, by id."""
+        return dict(self._refresh())
+
+    def _refresh(self) -> dict[str, Component]:
+        self._components = {component.id: component for component in self._ask("executor", "components").result()}
+        return self._components
 
     def run(
         self, component_id: str, inputs: Mapping[str, Any], *, on_progress: OnProgress | None = None, **parameters: Any
@@ -326,7 +331,7 @@ class Connection:
         )
 
     def _component(self, component_id: str) -> Component:
-        if component_id not in self._components:
+        if component_id not in self._components and component_id not in self._refresh():
             raise UnknownComponent(component=component_id, known=", ".join(self._components))
         return self._components[component_id]
 

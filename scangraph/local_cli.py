@@ -15,15 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from scangraph import accounts_cli
-from scangraph.contracts import Component, Progress, StepSummary, Volume, label_table
+from scangraph.contracts import Component, Progress, StepSummary, Volume, label_of
 from scangraph.contracts.errors import InvalidParameters, NotRunning, UnknownComponent, UsageError
+from scangraph.model_import import Wish, converter, import_model
 from scangraph.models import (
-    ModelInput,
-    ModelManifest,
-    ModelNetwork,
+    MANIFEST,
+    differences,
+    find_model,
     install_model,
     installed_models,
     invalid_models,
+    remove_model,
 )
 from scangraph.settings import Settings, describe_settings, load_settings
 from scangraph.terminal import Bars, err, out, parse_parameters
@@ -192,7 +194,7 @@ def run_component(
         err.print(f"[yellow]![/yellow] {escape(warning)}")
     if hasattr(value, "volumes_ml"):
         for number, ml in value.volumes_ml().items():
-            err.print(f"  {label_table()[number].title}: {ml:.1f} mL")
+            err.print(f"  {value.label(number).title}: {ml:.1f} mL")
     err.print(f"{summary.seconds:.1f} s, {summary.peak_mb:.0f} MB. Research use only.")
 
 
@@ -245,14 +247,17 @@ def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) ->
 
 
 @app.command()
-def components(as_json: Annotated[bool, typer.Option("--json", help="whole declarations as JSON")] = False) -> None:
+def components(
+    as_json: Annotated[bool, typer.Option("--json", help="whole declarations as JSON")] = False, data: Data = None
+) -> None:
     """List what can be run, with ports, parameters and limits."""
-    from graph import COMPONENTS
+    from graph import catalog
 
+    known = catalog(_settings(data)).values()
     if as_json:
-        out.print_json(json.dumps([component.describe() for component in COMPONENTS]))
+        out.print_json(json.dumps([component.describe() for component in known]))
         return
-    for component in COMPONENTS:
+    for component in known:
         ports = ", ".join(f"{p.name}{'…' if p.many else ''}: {p.kind}" for p in component.inputs)
         gives = ", ".join(f"{p.name}: {p.kind}" for p in component.outputs)
         out.print(f"[bold]{component.id}[/bold] {component.version}   {ports} → {gives}\n  {component.description}")
@@ -268,8 +273,13 @@ def components(as_json: Annotated[bool, typer.Option("--json", help="whole decla
 @models_app.callback()
 def models(context: typer.Context, data: Data = None) -> None:
     """List the installed models; the first of each task is used."""
-    if context.invoked_subcommand:
-        return
+    if not context.invoked_subcommand:
+        models_list(data)
+
+
+@models_app.command("list")
+def models_list(data: Data = None) -> None:
+    """List the installed models; the first of each task is used."""
     settings = _settings(data)
     table = Table("task", "model", "version", "spacing mm", "labels", "", box=None, pad_edge=False)
     for model in sorted(installed_models(settings.model_folders), key=lambda m: (m.manifest.task, m.manifest.demo)):
@@ -282,108 +292,109 @@ def models(context: typer.Context, data: Data = None) -> None:
         err.print(f"[red]![/red] {escape(error.detail)}")
 
 
+@models_app.command("show")
+def models_show(model_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = None) -> None:
+    """Say what a model is, what it takes and what it finds."""
+    model = find_model(_settings(data).model_folders, model_id)
+    manifest = model.manifest
+    size = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
+    folds = ", ".join(f"{network.folder} (folds {', '.join(network.folds)})" for network in manifest.networks)
+    rows = {
+        "model": f"{manifest.id} {manifest.version}: {manifest.title}",
+        "component": manifest.task,
+        "inputs": ", ".join(f"{entry.name}: {entry.modality}, phase {entry.phase}" for entry in manifest.inputs),
+        "spacing": f"{' × '.join(f'{s:g}' for s in manifest.spacing_mm)} mm (z × y × x)",
+        "networks": folds + (", averaged over mirrored copies" if manifest.mirroring else ""),
+        "licence": manifest.license,
+        "trained on": manifest.training_data,
+        "folder": f"{model.folder}, {size / 2**20:.1f} MB in {len(manifest.files)} files",
+        "sha256": model.digest,
+    }
+    for name, value in rows.items():
+        out.print(f"{name:10} {value}", markup=False, highlight=False)
+    table = Table("number", "finds", box=None, pad_edge=False)
+    for number in manifest.labels:
+        table.add_row(str(number), label_of(number, manifest.names).title)
+    out.print(table)
+    for warning in model.warnings:
+        err.print(f"[yellow]![/yellow] {escape(warning)}")
+
+
+@models_app.command("verify")
+def models_verify(
+    model_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="default: every installed model")] = None,
+    data: Data = None,
+) -> None:
+    """Compare every file of a model, or of all, with its SHA-256, and say what differs."""
+    folders = _settings(data).model_folders
+    wrong = [] if model_id else [error.detail for error in invalid_models(folders)]
+    for model in [find_model(folders, model_id)] if model_id else installed_models(folders):
+        found = list(differences(model))
+        wrong += [f"{model.manifest.id}: {difference}" for difference in found]
+        if not found:
+            out.print(f"{model.manifest.id} {model.manifest.version}: {len(model.manifest.files)} files are what they were")
+    for difference in wrong:
+        err.print(f"[red]![/red] {escape(difference)}")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@models_app.command("remove")
+def models_remove(model_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = None) -> None:
+    """Remove an installed model; shipped ones stay. What runs with it goes on."""
+    settings = _settings(data)
+    folder = remove_model(settings.model_folders, settings.data / "models", model_id)
+    out.print(f"{model_id} is removed from {folder.parent}")
+
+
 @models_app.command("install")
 def models_install(
-    folder: Annotated[Path, typer.Argument(help="a model folder, or an nnU-Net results folder (with plans.json)")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE|FOLDER",
+            help="a zip of nnUNetv2_export_model_to_zip, an nnU-Net results folder, TotalSegmentator's weights, a model folder",
+        ),
+    ],
+    model_id: Annotated[str | None, typer.Option("--id", help="the model's name; default: made of the dataset's")] = None,
     task: Annotated[
-        str | None, typer.Option(help="for an nnU-Net folder: the component that uses it, e.g. inference/tumor")
+        str | None, typer.Option(help="the component that it serves, e.g. inference/tumor; default: one of its own")
     ] = None,
-    model_id: Annotated[str | None, typer.Option("--id", help="for an nnU-Net folder: the model's name")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="of several datasets: its name or number, or `total` for TotalSegmentator's five parts")
+    ] = None,
+    configuration: Annotated[str | None, typer.Option(help="of several networks: e.g. 3d_fullres")] = None,
     labels: Annotated[
-        str | None, typer.Option(help="for an nnU-Net folder: its label=ours, comma-separated: 1=201,2=202; default: by name")
+        str | None, typer.Option(help="its label=number of the label table, comma-separated: 1=201,2=202; default: by name")
     ] = None,
-    folds: Annotated[str, typer.Option(help="for an nnU-Net folder: folds, comma-separated")] = "0",
-    license_: Annotated[str, typer.Option("--license", help="for an nnU-Net folder: licence of the weights")] = "not stated",
+    folds: Annotated[str | None, typer.Option(help="folds, comma-separated; default: 0")] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="licence of the weights")] = None,
+    mirroring: Annotated[
+        bool, typer.Option("--mirroring", help="average over mirrored copies, as nnU-Net does: several times slower")
+    ] = False,
     data: Data = None,
 ) -> None:
     """Install a model under the data folder; a running service uses it from its next request on."""
+    from graph import catalog
+
     settings = _settings(data)
-    if not folder.is_dir():
-        raise UsageError(detail=f"{folder} is not a folder")
-    if (folder / "model.yaml").exists():
-        model = install_model(folder, settings.data / "models")
+    target = settings.data / "models"
+    if (source / MANIFEST).exists():
+        model = install_model(source, target)
     else:
-        if not task:
-            raise UsageError(detail=f"{folder} has no model.yaml; for an nnU-Net results folder say --task (see --help)")
-        manifest = manifest_of_nnunet(folder, task, model_id, labels, tuple(folds.split(",")), license_)
-        with _wrapped(folder, manifest) as wrapped:
-            model = install_model(wrapped, settings.data / "models", manifest)
-    out.print(f"{model.manifest.id} {model.manifest.version} is installed for {model.manifest.task} in {model.folder}")
-
-
-def manifest_of_nnunet(
-    folder: Path, task: str, model_id: str | None, labels: str | None, folds: tuple[str, ...], license_name: str
-) -> ModelManifest:
-    """Describe an nnU-Net results folder as a model.
-
-    Raises
-    ------
-    UsageError
-        If its files are missing or its labels cannot be matched with the table.
-    """
-    from graph import COMPONENTS
-
-    component = next((c for c in COMPONENTS if c.id == task), None)
-    if component is None:
-        raise UnknownComponent(component=task, known=", ".join(c.id for c in COMPONENTS))
-    try:
-        dataset = json.loads((folder / "dataset.json").read_text())
-        plans = json.loads((folder / "plans.json").read_text())
-        configurations = plans["configurations"]
-        named = folder.name.rpartition("__")[2]  # nnU-Net calls the folder <trainer>__<plans>__<configuration>
-        chosen = configurations.get(named) or configurations.get("3d_fullres") or next(iter(configurations.values()))
-        spacing = tuple(float(s) for s in chosen["spacing"])
-        own = {name: number for name, number in dataset["labels"].items() if isinstance(number, int) and number > 0}
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(detail=f"{folder} is no nnU-Net results folder: {type(error).__name__} {error}") from None
-    by_name = {label.name: label.number for label in label_table().values()}
-    if labels:
         try:
-            mapping = {int(a): int(b) for a, b in (pair.split("=") for pair in labels.split(","))}
+            mapping = {int(a): int(b) for a, b in (pair.split("=") for pair in labels.split(","))} if labels else None
         except ValueError:
             raise UsageError(detail=f"--labels takes 1=201,2=202, got {labels!r}") from None
-    else:
-        unknown = sorted(set(own) - by_name.keys())
-        if unknown:
-            raise UsageError(detail=f"no label of the table is called {', '.join(unknown)}: say --labels 1=201,2=202,…")
-        mapping = {number: by_name[name] for name, number in own.items()}
-    missing = [fold for fold in folds if not (folder / f"fold_{fold}").is_dir()]
-    if missing:
-        raise UsageError(detail=f"{folder} has no fold_{missing[0]}")
-    reader = str(plans.get("image_reader_writer", ""))
-    return ModelManifest(
-        id=model_id or dataset.get("name", folder.parent.name).lower().replace(" ", "-"),
-        version="1.0.0",
-        title=str(plans.get("dataset_name", folder.name)),
-        task=task,
-        inputs=tuple(ModelInput(name=port.name, phase=port.phase) for port in component.inputs),
-        networks=(ModelNetwork(folder="nnunet", folds=folds, labels=mapping),),
-        spacing_mm=spacing,
-        orientation="RAS" if reader.endswith("WithReorient") else "LPS",
-        files={},
-        license=license_name,
-        training_data="not stated",
-    )
-
-
-@contextlib.contextmanager
-def _wrapped(folder: Path, manifest: ModelManifest) -> Iterator[Path]:
-    """Lay an nnU-Net folder out as a model folder: only what prediction needs."""
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as name:
-        target = Path(name) / "nnunet"
-        target.mkdir()
-        for file in ("plans.json", "dataset.json"):
-            shutil.copy(folder / file, target / file)
-        for fold in manifest.networks[0].folds:
-            (target / f"fold_{fold}").mkdir()
-            wanted = ("checkpoint_final.pth", "weights.safetensors", "checkpoint.json")
-            for path in (folder / f"fold_{fold}" / f for f in wanted):
-                if path.exists():
-                    shutil.copy(path, target / f"fold_{fold}" / path.name)
-        yield Path(name)
+        wanted = folds.split(",") if folds else None
+        wish = Wish(model_id, task, mapping, wanted, dataset, configuration, license_, mirroring)
+        convert = converter(settings.environments_dir / "nnunet")
+        model = import_model(source, target, catalog(settings), wish, convert)
+    manifest = model.manifest
+    out.print(f"{manifest.id} {manifest.version} is installed for {manifest.task} in {model.folder}", highlight=False)
+    if manifest.names:
+        named = ", ".join(f"{number} {name}" for number, name in sorted(manifest.names.items()))
+        out.print(f"Not in the label table, and numbered by their names: {named}", highlight=False, markup=False)
 
 
 # --- the machine -------------------------------------------------------------------------------------------------------------

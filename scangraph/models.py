@@ -1,29 +1,40 @@
-"""Model folders: what a model says about itself, and where it is found.
+"""Model folders: what a model says about itself, where it is found, and how it gets there.
 
 A model is a folder with `model.yaml`; swapping the folder is all it takes to update a model. Nothing here loads weights.
+How nnU-Net's own folders become models is in `model_import`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from scangraph.contracts.components import Phase
-from scangraph.contracts.errors import InvalidModel, ModelNotFound
-from scangraph.contracts.labels import label_table
+from scangraph.contracts.errors import InvalidModel, ModelNotFound, ModelRefused
+from scangraph.contracts.labels import FREE_NUMBERS, label_table, plain_name
+from scangraph.contracts.pipelines import Name
 
 MANIFEST = "model.yaml"
+#: A model's name, and that of its folder.
+ID = r"^[a-z0-9][a-z0-9._-]*$"
+#: A component's id as models may make them: its endpoint and the name of its pipeline follow from it, and from no other.
+TASK = r"^[a-z0-9]+/[a-z0-9]+(-[a-z0-9]+)*$"
+_LEFTOVER_SECONDS = 86400
 DEMO_WARNING = (
     "{id} holds demonstration weights, trained on synthetic phantoms only: on a real patient its result means nothing. "
-    "Install real weights with `scangraph models install FOLDER --task {task}` (nnU-Net results folders, TotalSegmentator's)."
+    "Install real weights with `scangraph models install FILE|FOLDER --task {task}` (nnU-Net's and TotalSegmentator's)."
 )
 
 
@@ -34,8 +45,8 @@ class _Part(BaseModel):
 class ModelInput(_Part):
     """One input channel: the component's port it comes from, and what the network was trained on."""
 
-    name: str
-    modality: str = "CT"
+    name: Name
+    modality: str = Field("CT", max_length=64)
     phase: Phase = "any"
 
 
@@ -50,14 +61,16 @@ class ModelNetwork(_Part):
 class ModelManifest(_Part):
     """`model.yaml`."""
 
-    id: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    id: str = Field(pattern=ID, max_length=100)
     version: str
-    title: str
-    task: str
+    title: str = Field(max_length=200)
+    task: str = Field(pattern=TASK, max_length=60)
     demo: bool = False
     research_use_only: Literal[True] = True
     inputs: tuple[ModelInput, ...] = Field(min_length=1)
     networks: tuple[ModelNetwork, ...] = Field(min_length=1)
+    #: Number -> name of labels that the label table lacks.
+    names: dict[int, str] = Field(default_factory=dict)
     spacing_mm: tuple[float, float, float]
     #: Where the index axes x, y, z led in training; nnU-Net's `…WithReorient` readers give RAS.
     orientation: str = Field("LPS", pattern="^[LRPASI]{3}$")
@@ -67,9 +80,15 @@ class ModelManifest(_Part):
     training_data: str
     metrics: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _inputs_differ(self) -> Self:
+        if len({entry.name for entry in self.inputs}) < len(self.inputs):
+            raise ValueError("two inputs have one name")
+        return self
+
     @property
     def labels(self) -> tuple[int, ...]:
-        """Numbers of the label table that the model can give."""
+        """Numbers that the model can give: of the label table, or of `names`."""
         return tuple(sorted({number for network in self.networks for number in network.labels.values()} - {0}))
 
 
@@ -116,8 +135,11 @@ def read_model(folder: Path) -> Model:
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InvalidModel(folder=str(folder), reason=f"{MANIFEST}: {faults}") from None
-    if unknown := set(manifest.labels) - label_table().keys():
-        raise InvalidModel(folder=str(folder), reason=f"it maps to labels that are not in the table: {sorted(unknown)}")
+    if unknown := set(manifest.labels) - label_table().keys() - manifest.names.keys():
+        raise InvalidModel(folder=str(folder), reason=f"it maps to labels that nobody names: {sorted(unknown)}")
+    if wrong := [n for n, name in manifest.names.items() if n not in FREE_NUMBERS or not name or plain_name(name) != name]:
+        reason = f"label {wrong[0]} of its own needs a number from 1000 on and a name of letters, digits and underscores"
+        raise InvalidModel(folder=str(folder), reason=reason)
     names = [*manifest.files, *(network.folder for network in manifest.networks)]
     outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
     if outside:
@@ -133,20 +155,22 @@ def verify_files(model: Model) -> None:
     InvalidModel
         Naming the first file that is missing, changed or unlisted.
     """
+    for difference in differences(model):
+        raise InvalidModel(folder=str(model.folder), reason=difference)
 
-    def refuse(reason: str) -> None:
-        raise InvalidModel(folder=str(model.folder), reason=reason)
 
+def differences(model: Model) -> Iterator[str]:
+    """Say, file by file, how a folder differs from its manifest."""
     for name, expected in model.manifest.files.items():
         path = model.folder / name
         if not path.is_file():
-            refuse(f"{name} is missing")
-        if sha256_of(path) != expected.lower():
-            refuse(f"{name} is not the file the manifest names (SHA-256 differs)")
+            yield f"{name} is missing"
+        elif sha256_of(path) != expected.lower():
+            yield f"{name} is not the file the manifest names (SHA-256 differs)"
     for network in model.manifest.networks:
-        for path in (model.folder / network.folder).rglob("*"):
+        for path in sorted((model.folder / network.folder).rglob("*")):
             if path.is_file() and path.relative_to(model.folder).as_posix() not in model.manifest.files:
-                refuse(f"{path.relative_to(model.folder)} is not named in the manifest")
+                yield f"{path.relative_to(model.folder)} is not named in the manifest"
 
 
 def installed_models(folders: Sequence[Path]) -> list[Model]:
@@ -165,12 +189,27 @@ def invalid_models(folders: Sequence[Path]) -> list[InvalidModel]:
 def _scan(folders: Sequence[Path]) -> list[Model | InvalidModel]:
     found: list[Model | InvalidModel] = []
     for parent in folders:
-        for manifest in sorted(parent.glob(f"*/{MANIFEST}")):
+        for manifest in sorted(parent.glob(f"[!.]*/{MANIFEST}")):  # what begins with a dot is being installed
             try:
-                found.append(read_model(manifest.parent))
+                stat = manifest.stat()
+                found.append(_read_again(manifest.parent, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
             except InvalidModel as error:
                 found.append(error)
+            except OSError:  # swapped while we looked
+                continue
     return found
+
+
+@lru_cache(maxsize=256)
+def _read_again(folder: Path, stamp: tuple[int, ...]) -> Model:
+    """Read a manifest that may have been read before; it is asked for at every request."""
+    del stamp
+    return read_model(folder)
+
+
+def label_names(folders: Sequence[Path]) -> dict[int, str]:
+    """Return number -> name of the labels that installed models have and the label table lacks."""
+    return {number: name for model in reversed(installed_models(folders)) for number, name in model.manifest.names.items()}
 
 
 def choose_model(folders: Sequence[Path], task: str, model_id: str | None = None) -> Model:
@@ -189,36 +228,116 @@ def choose_model(folders: Sequence[Path], task: str, model_id: str | None = None
     return min(fitting, key=lambda model: model.manifest.demo)  # stable: the first of equals
 
 
-def install_model(source: Path, target_parent: Path, manifest: ModelManifest | None = None) -> Model:
+def install_model(source: Path, target_parent: Path) -> Model:
     """Copy a model folder under `target_parent`, replacing an older one of the same id in one step.
-
-    Parameters
-    ----------
-    source : Path
-        A folder with `model.yaml`, or any folder when `manifest` describes it.
-    manifest : ModelManifest, optional
-        Written into the copy; its `files` are computed.
 
     Raises
     ------
+    ModelRefused
+        If it holds links or what is no plain file.
     InvalidModel
         If what was copied does not verify; nothing is changed then.
     """
-    name = (manifest or read_model(source).manifest).id
+    model = read_model(source)
+    with staging(target_parent, model.manifest.id) as folder:
+        refuse_links(source)
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        return put_in_place(folder, target_parent)
+
+
+@contextlib.contextmanager
+def staging(target_parent: Path, name: str) -> Iterator[Path]:
+    """Give a new folder beside the models that nobody sees, gone at the end whatever happens; left by a kill, a day later."""
     target_parent.mkdir(parents=True, exist_ok=True)
-    staging = target_parent / f".{name}.{os.getpid()}.part"
-    shutil.rmtree(staging, ignore_errors=True)
+    for left in target_parent.glob(".*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFTOVER_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+    folder = target_parent / f".{name}.{os.getpid()}.part"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        shutil.copytree(source, staging, symlinks=False)
-        if manifest is not None:
-            paths = [p for p in sorted(staging.rglob("*")) if p.is_file() and p.name != MANIFEST]
-            files = {p.relative_to(staging).as_posix(): sha256_of(p) for p in paths}
-            content = manifest.model_copy(update={"files": files}).model_dump(mode="json")
-            (staging / MANIFEST).write_text(yaml.safe_dump(content, sort_keys=False))
-        verify_files(read_model(staging))
-        target = target_parent / name
-        shutil.rmtree(target, ignore_errors=True)
-        staging.rename(target)
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_manifest(folder: Path, manifest: ModelManifest) -> None:
+    """Write `model.yaml`, with the SHA-256 of every file that is there."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    content = manifest.model_copy(update={"files": files}).model_dump(mode="json")
+    (folder / MANIFEST).write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def put_in_place(folder: Path, target_parent: Path) -> Model:
+    """Verify a staged model and make it the one of its id; at no moment is there none."""
+    model = read_model(folder)
+    verify_files(model)
+    target = target_parent / model.manifest.id
+    if not target.is_dir() or not _exchanged(folder, target):
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
     return read_model(target)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders change places in one step (renameat2(2)); False where the system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    with contextlib.suppress(AttributeError):
+        done: int = ctypes.CDLL(None).renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
+        return done == 0
+    return False
+
+
+def remove_model(folders: Sequence[Path], installed: Path, model_id: str) -> Path:
+    """Take an installed model away; it is gone in one step, and who has loaded it goes on with it.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Where models are looked for.
+    installed : Path
+        The one among them that models are removed from; what is shipped stays.
+
+    Raises
+    ------
+    ModelNotFound
+        If there is none of this name.
+    ModelRefused
+        If it is not ours to remove.
+    """
+    model = find_model(folders, model_id)
+    if model.folder.parent != installed:
+        raise ModelRefused(source=model_id, reason=f"it is in {model.folder}, and only models below {installed} are removed")
+    with staging(installed, model.folder.name) as bin_:
+        model.folder.rename(bin_ / "removed")
+    return model.folder
+
+
+def find_model(folders: Sequence[Path], model_id: str) -> Model:
+    """Return the first installed model of a name.
+
+    Raises
+    ------
+    ModelNotFound
+    """
+    models = installed_models(folders)
+    for model in models:
+        if model.manifest.id == model_id:
+            return model
+    known = ", ".join(model.manifest.id for model in models) or "none"
+    raise ModelNotFound(model=model_id, component="any component", known=known)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder that holds anything but folders and plain files: a link leads anywhere, a pipe never ends.
+
+    Raises
+    ------
+    ModelRefused
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            what = "a link" if path.is_symlink() else "no plain file"
+            raise ModelRefused(source=str(folder), reason=f"{path.relative_to(folder)} is {what}")

@@ -30,17 +30,16 @@ class Executor:
     ----------
     settings : Settings
         All of them; the executor is a control plane.
-    components : tuple of Component
-        Everything that can be run.
+    components : mapping
+        Everything that can be run, by id.
     stages : dict
         Handle by deployment name.
     """
 
     def __init__(
-        self, settings: Settings, components: tuple[Component, ...], stages: Mapping[str, DeploymentHandle[Any]]
+        self, settings: Settings, components: Mapping[str, Component], stages: Mapping[str, DeploymentHandle[Any]]
     ) -> None:
-        self._settings, self._stages = settings, stages
-        self._components = {component.id: component for component in components}
+        self._settings, self._stages, self._components = settings, stages, components
         self._scheduler: Scheduler | None = None
         # Serve wants a replica that answers while the database is not there yet.
         self._opening = asyncio.get_running_loop().create_task(self._open())

@@ -30,6 +30,7 @@ from scangraph.contracts.errors import (
     StorageFull,
     StorageUnavailable,
     StoreUnavailable,
+    UnknownComponent,
 )
 from scangraph.contracts.pipelines import INPUT, PipelineStep, needs
 from scangraph.settings import Settings
@@ -161,6 +162,7 @@ class Runner:
     def __init__(self, tools: Tools, claim: Claim) -> None:
         self._tools, self._claim = tools, claim
         self._spec, self._steps = claim.spec, {step.id: step for step in claim.spec.steps}
+        self._components: dict[str, Component] = {}
         self._news: dict[str, tuple[Progress, int]] = {}
         self._lost: dict[str, list[str]] = {}
         self._inputs: dict[str, Any] = {}
@@ -226,6 +228,13 @@ class Runner:
         await self.remove_written()
 
     async def _work(self) -> list[NewFile]:
+        # One look for the whole execution: a model that is removed meanwhile takes its component with it.
+        for wanted in self._spec.steps:
+            found = self._tools.components.get(wanted.component)
+            if found is None:
+                known = ", ".join(self._tools.components)
+                raise StepError(wanted.id, UnknownComponent(component=wanted.component, known=known))
+            self._components[wanted.id] = found
         await self._open_inputs()
         waits = needs(self._spec)
         tasks: dict[str, asyncio.Task[None]] = {}
@@ -299,7 +308,7 @@ class Runner:
     # --- steps -------------------------------------------------------------------------------------------------------------
 
     async def _step(self, step: PipelineStep) -> None:
-        tools, component = self._tools, self._tools.components[step.component]
+        tools, component = self._tools, self._components[step.id]
         parameters = self._claim.parameters[step.id]
         try:
             identity = await tools.stages.identity(component, parameters)
@@ -430,7 +439,7 @@ class Runner:
 
         async def write(name: str, source: str) -> list[NewFile]:
             origin, _, port_name = source.partition(".")
-            component = self._tools.components[self._steps[origin].component]
+            component = self._components[origin]
             kind = next(port.kind for port in component.outputs if port.name == port_name)
             try:
                 ref = await self._outputs[origin][port_name].ref()

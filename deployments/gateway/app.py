@@ -8,7 +8,10 @@ from typing import Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.routing import BaseRoute, Match
+from starlette.types import Receive, Scope, Send
 
 import scangraph
 from deployments.gateway import problems
@@ -29,10 +32,10 @@ from deployments.gateway.pipelines import pipeline_routes
 from deployments.gateway.problems import documented
 from deployments.gateway.resumable import upload_routes
 from deployments.gateway.services import Access
-from scangraph.contracts import Component, label_table
+from scangraph.contracts import Component, label_of, label_table
 from scangraph.contracts.api import ExecutionAccepted, InputFile, NewExecution
 from scangraph.contracts.errors import UnknownComponent
-from scangraph.contracts.pipelines import pipeline_name
+from scangraph.contracts.pipelines import one_step_pipeline, pipeline_name
 from scangraph.settings import GatewaySettings
 from scangraph.store import executions, pipelines
 from scangraph.store.executions import Record
@@ -50,6 +53,8 @@ Every error is `application/problem+json`.
 _READABLE = frozenset({"image", "mask"})
 #: A direct endpoint waits as long as its client does; a day ends every connection.
 _FOREVER = 86400.0
+#: Where a request's scope says which endpoint it found.
+_LATER = "scangraph.endpoint"
 
 
 class _Answer(BaseModel):
@@ -110,17 +115,25 @@ def build_app(components: tuple[Component, ...], services: Access, settings: Gat
     for routes in (auth_routes, file_routes, upload_routes, pipeline_routes, execution_routes, live_routes, _service_routes):
         app.include_router(routes(services))
     for component in components:
-        if all(port.kind in _READABLE for port in component.inputs):
-            _add_component(app, component, services)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+        if _has_endpoint(component):
+            app.router.routes.append(_endpoint(component, services))
+    later = _LaterEndpoints({component.id for component in components}, services)
+    app.router.routes.append(later)
+    app.openapi = lambda: _document(app, later)  # type: ignore[method-assign]
     return app
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
-    """Return the OpenAPI document, with what FastAPI cannot know: a body that is either JSON or a form."""
-    if app.openapi_schema is None:
+def _document(app: FastAPI, later: _LaterEndpoints) -> dict[str, Any]:
+    """Return the OpenAPI document, with what FastAPI cannot know: a body that is either JSON or a form; and new components."""
+    routes = later.routes()
+    if app.openapi_schema is None or later.documented != routes:
+        later.documented = routes
         document = get_openapi(
-            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            routes=[*app.routes, *routes],
+            tags=app.openapi_tags,
         )
         schema = NewExecution.model_json_schema(ref_template="#/components/schemas/{model}")
         document["components"]["schemas"].update(schema.pop("$defs"))
@@ -144,7 +157,54 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _add_component(app: FastAPI, component: Component, services: Access) -> None:
+def _has_endpoint(component: Component) -> bool:
+    return all(port.kind in _READABLE for port in component.inputs)
+
+
+class _LaterEndpoints(BaseRoute):
+    """The endpoints of components that came after the start: made when they are asked for, gone with their components.
+
+    Parameters
+    ----------
+    fixed : set of str
+        Components whose endpoints are routes of their own.
+    """
+
+    def __init__(self, fixed: set[str], services: Access) -> None:
+        self._fixed, self._services = fixed, services
+        self._made: dict[str, tuple[Component, APIRoute]] = {}
+        self.documented: list[APIRoute] = []
+
+    def routes(self) -> list[APIRoute]:
+        """Return the endpoints that there are now."""
+        later = [c for c in self._services().components.values() if c.id not in self._fixed and _has_endpoint(c)]
+        return [self._route(component) for component in later]
+
+    def _route(self, component: Component) -> APIRoute:
+        made = self._made.get(component.id)
+        if made is None or made[0] != component:
+            made = self._made[component.id] = component, _endpoint(component, self._services)
+        return made[1]
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Say whether a request is for one of them."""
+        component_id = scope["path"].removeprefix("/") if scope["type"] == "http" else ""
+        if component_id in self._fixed or component_id.count("/") != 1:
+            return Match.NONE, {}
+        component = self._services().components.get(component_id)
+        if component is None or not _has_endpoint(component):
+            return Match.NONE, {}
+        route = self._route(component)
+        match, child = route.matches(scope)
+        return match, {**child, _LATER: route}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request to the endpoint."""
+        await scope[_LATER].handle(scope, receive, send)
+
+
+def _endpoint(component: Component, services: Access) -> APIRoute:
+    """Make the endpoint of a component: its pipeline of one step, run and waited for."""
     body_model, ports = request_model(component), {port.path_name: port.name for port in component.inputs}
     answered = answer_model(component)
     operator = Depends(requires(services, "operator"))
@@ -167,7 +227,7 @@ def _add_component(app: FastAPI, component: Component, services: Access) -> None
         execution_id = await executions.replay(s.store, principal.account_id, key) if key else None
         replayed = execution_id is not None
         if execution_id is None:
-            stored = await pipelines.find_pipeline(s.store, pipeline_name(component.id))
+            stored = await pipelines.find_built_in(s.store, one_step_pipeline(component))
             execution_id, replayed = await submit(s, principal, stored, inputs, {"steps": {"run": values}}, key=key)
         request.state.execution_id = execution_id
         response.headers["Location"] = f"/v1/executions/{execution_id}"
@@ -187,7 +247,7 @@ def _add_component(app: FastAPI, component: Component, services: Access) -> None
 
     run.__annotations__ = {**run.__annotations__, "body": body_model}
     limits = "".join(f"\n- {text}" for text in component.constraints)
-    app.add_api_route(
+    return APIRoute(
         f"/{component.id}",
         run,
         methods=["POST"],
@@ -288,8 +348,14 @@ def _service_routes(services: Access) -> APIRouter:
             raise UnknownComponent(component=component_id, known=", ".join(s.components))
         return shown(s.components[component_id], await s.models(), await s.readiness())
 
-    @router.get("/v1/labels", summary="The label table", operation_id="list_labels", responses=documented(401, 503))
+    @router.get(
+        "/v1/labels",
+        summary="The label table, and what installed models add",
+        operation_id="list_labels",
+        responses=documented(401, 503),
+    )
     async def labels(*, _: Principal = viewer) -> Items:
-        return Items(items=[label.model_dump() for label in label_table().values()])
+        own = {n: name for models in (await services().models()).values() for m in models for n, name in m["names"].items()}
+        return Items(items=[label_of(number, own).model_dump() for number in (*label_table(), *sorted(own))])
 
     return router

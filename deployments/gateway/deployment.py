@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -16,7 +16,7 @@ from deployments.gateway.app import build_app
 from deployments.gateway.services import Services
 from scangraph.contracts import Component, label_table
 from scangraph.contracts.errors import ScanGraphError, StageUnavailable
-from scangraph.contracts.pipelines import built_in_pipelines
+from scangraph.contracts.pipelines import PipelineSpec, built_in_pipelines
 from scangraph.handles import own_error
 from scangraph.models import installed_models
 from scangraph.settings import GatewaySettings, Settings
@@ -27,9 +27,15 @@ from scangraph.tokens import Tokens
 
 log = logging.getLogger("scangraph")
 
+#: How often a replica looks for components that came or went.
+_FOLLOW_SECONDS = 1.0
+
 
 def build_gateway(components: tuple[Component, ...], settings: GatewaySettings) -> Any:
-    """Return the gateway's class for these components: the replica with the HTTP application in front."""
+    """Return the gateway's class: the replica with the HTTP application in front, and endpoints for these components.
+
+    Those of components that come later are made when they are asked for.
+    """
 
     def build() -> FastAPI:
         # Called in the replica: state put on an app that is built here would not reach it.
@@ -45,8 +51,8 @@ class Gateway:
     ----------
     settings : Settings
         All of them; the gateway is a control plane.
-    components : tuple of Component
-        What is offered.
+    components : mapping
+        What is offered, by id; it may change.
     executor : DeploymentHandle
         Told when there is work.
     imageio : DeploymentHandle
@@ -56,7 +62,7 @@ class Gateway:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         settings: Settings,
-        components: tuple[Component, ...],
+        components: Mapping[str, Component],
         executor: DeploymentHandle[Any],
         imageio: DeploymentHandle[Any],
     ) -> None:
@@ -64,20 +70,35 @@ class Gateway:
         made = await accounts.ensure_admin(store, settings.data)
         if made is not None:
             log.warning("the first account is admin; its password is in %s", made)
-        specs = built_in_pipelines(components, {number: label.name for number, label in label_table().items()})
-        await sync_built_in(store, specs)
+        offered = tuple(components.values())
+        await sync_built_in(store, _pipelines(offered))
         self._model_folders = settings.model_folders
         self.services = Services(
             settings=settings,
             store=store,
             storage=open_storage(settings.storage, settings.storage_options),
-            components={component.id: component for component in components},
+            components=components,
             tokens=Tokens(settings.auth, settings.data / "keys"),
             gate=_Gate(imageio),
             wake=_waker(executor),
             readiness=self.readiness,
             models=self.models,
         )
+        self._following = asyncio.get_running_loop().create_task(self._follow(offered))
+
+    async def _follow(self, offered: tuple[Component, ...]) -> None:
+        """Give components that come while the service runs their pipelines, and take away those of components that go."""
+        while True:
+            await asyncio.sleep(_FOLLOW_SECONDS)
+            now = tuple(self.services.components.values())
+            if now == offered:
+                continue
+            try:
+                await sync_built_in(self.services.store, _pipelines(now))
+            except ScanGraphError as error:  # the records cannot be reached: a second later, perhaps
+                log.warning("the pipelines of installed models could not be written: %s", error)
+            else:
+                offered = now
 
     async def readiness(self) -> dict[str, str]:
         """Ask Serve's controller for every deployment's state."""
@@ -101,8 +122,13 @@ class Gateway:
         for model in await asyncio.to_thread(installed_models, self._model_folders):
             manifest = model.manifest
             entry = {**model.describe(), "title": manifest.title, "spacing_mm": manifest.spacing_mm, "labels": manifest.labels}
+            entry["names"] = manifest.names
             listed.setdefault(manifest.task, []).append(entry)
         return {task: sorted(models, key=lambda m: m["demo"]) for task, models in listed.items()}
+
+
+def _pipelines(components: tuple[Component, ...]) -> list[PipelineSpec]:
+    return built_in_pipelines(components, {number: label.name for number, label in label_table().items()})
 
 
 def _cause(message: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from scangraph.contracts.errors import (
     UnknownLabels,
     UnsupportedMedia,
 )
+from scangraph.models import label_names
 from scangraph.obj import write_obj
 from scangraph.settings import ImageioSettings
 from scangraph.storage import open_storage
@@ -39,9 +40,19 @@ class Imageio:
     ----------
     storage_url, storage_options
         As `open_storage` takes them.
+    model_folders : sequence of Path
+        Where models are installed. Their manifests name what masks may hold besides the label table: a mask file has no room
+        for names that every viewer keeps.
     """
 
-    def __init__(self, settings: ImageioSettings, storage_url: str, storage_options: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        settings: ImageioSettings,
+        storage_url: str,
+        storage_options: Mapping[str, str],
+        model_folders: Sequence[Path] = (),
+    ) -> None:
+        self._model_folders = tuple(model_folders)
         self._limits = Limits(max_voxels=settings.max_voxels, max_inflated_bytes=settings.max_inflated_bytes)
         self._storage = open_storage(storage_url, storage_options)
         self._threads = ThreadPoolExecutor(settings.concurrent, thread_name_prefix="file")
@@ -199,7 +210,8 @@ class Imageio:
         return await self._in_thread(lambda: from_bytes(data))
 
     def _decode(self, data: bytes, name: str, as_mask: bool, scheme: str | None) -> Volume:
-        return read_nifti(data, Path(name).name, limits=self._limits, as_mask=as_mask, scheme=scheme)
+        names = label_names(self._model_folders) if as_mask else None
+        return read_nifti(data, Path(name).name, limits=self._limits, as_mask=as_mask, scheme=scheme, names=names)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

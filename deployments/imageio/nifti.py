@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
@@ -137,6 +138,7 @@ def read_nifti(
     limits: Limits | None = None,
     as_mask: bool = False,
     scheme: str | None = None,
+    names: Mapping[int, str] | None = None,
     threads: int | None = None,
 ) -> Volume:
     """Read a `.nii.gz` or `.nii` file.
@@ -153,6 +155,8 @@ def read_nifti(
         Read labels instead of intensities.
     scheme : str, optional
         For masks: a numbering of `SCHEMES` other than the label table's.
+    names : mapping, optional
+        For masks: number -> name of labels that the table lacks.
     threads : int, optional
         Sections inflated at once, of files that `write_nifti` wrote; all cores by default.
 
@@ -189,8 +193,8 @@ def read_nifti(
                 raise InvalidIntensity(name=name, reason=f"the scheme {scheme!r} has no label {unknown[0]}")
             array = lookup_table(table, max(numbers) + 1)[array]
             numbers = {table.get(number, 0) for number in numbers}
-        check_labels(numbers, name)
-        return LabelMap.from_affine_lps(array, header.affine_lps, labels=tuple(numbers))
+        check_labels(numbers, name, names)
+        return LabelMap.from_affine_lps(array, header.affine_lps, labels=tuple(numbers), names=names or {})
     except InvalidVolume as error:
         raise InvalidGeometry(name=name, reason=error.detail) from None
 

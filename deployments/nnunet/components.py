@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from scangraph.contracts import Component, Port
+from scangraph.contracts import Component, Port, label_of
+from scangraph.models import Model
 
 VERSION = "1.0.0"
 
@@ -81,3 +82,29 @@ TUMOR = Component(
 )
 
 COMPONENTS = (TOTALSEG, VESSEL, URETER, TUMOR)
+
+#: Structures that a description names; the others are counted.
+_NAMED = 8
+
+
+def component_of(model: Model) -> Component:
+    """Declare the component of a model that serves none of the above."""
+    manifest = model.manifest
+    found = [label_of(number, manifest.names).title for number in manifest.labels]
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    spacing = " × ".join(f"{s:g}" for s in manifest.spacing_mm)
+    modalities = sorted({entry.modality for entry in manifest.inputs})
+    return Component(
+        id=manifest.task,
+        version=VERSION,
+        title=manifest.title,
+        description=f"Segments {', '.join(found[:_NAMED])}{more} with the installed model {manifest.id}.",
+        deployment="nnunet",
+        inputs=tuple(
+            Port(name=entry.name, kind="image", modality=entry.modality, phase=entry.phase, description=entry.modality)
+            for entry in manifest.inputs
+        ),
+        outputs=(_mask(f"what was found, on {manifest.inputs[0].name}'s grid"),),
+        parameters=SegmentParameters,
+        constraints=(f"{' and '.join(modalities)} only.", f"It is worked on at {spacing} mm (z × y × x)."),
+    )

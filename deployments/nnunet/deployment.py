@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deployments.nnunet.components import COMPONENTS, SegmentParameters
+from deployments.nnunet.components import COMPONENTS, SegmentParameters, component_of
+from scangraph.catalog import Catalog
+from scangraph.contracts import Component
+from scangraph.contracts.errors import UnknownComponent
 from scangraph.models import choose_model
 from scangraph.settings import NnunetSettings
-from scangraph.stage import Report, Stage, StepOutput
+from scangraph.stage import Operation, Report, Stage, StepOutput
 
 
 class Nnunet(Stage):
@@ -28,7 +32,15 @@ class Nnunet(Stage):
         device = segmentation.pick_device(settings.num_gpus or 0)
         self._models = segmentation.ModelStore(model_folders, device, settings.models_held)
         self._device, self._folders = str(device), model_folders
-        super().__init__({component: partial(self._run, component.id) for component in COMPONENTS})
+        self._catalog = Catalog(COMPONENTS, model_folders, component_of)
+        super().__init__({})
+
+    def operation(self, component_id: str) -> tuple[Component, Operation]:
+        """Return a component, declared here or made of an installed model, and its function."""
+        component = self._catalog.get(component_id)
+        if component is None:
+            raise UnknownComponent(component=component_id, known=", ".join(self._catalog))
+        return component, partial(self._run, component_id)
 
     async def identity(self, component_id: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Return the model that would be used: another one gives another result."""
@@ -40,4 +52,4 @@ class Nnunet(Stage):
         model, networks, loaded = self._models.get(task, parameters.model)
         mask, warnings = self._segment(inputs, model, networks, step_size=parameters.step_size, on_progress=report)
         facts = {"model": model.describe(), "model_loaded": loaded, "device": self._device}
-        return StepOutput((mask,), tuple(warnings), facts)
+        return StepOutput((replace(mask, names=model.manifest.names),), tuple(warnings), facts)

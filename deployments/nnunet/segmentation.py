@@ -116,7 +116,7 @@ def segment(
     aligned = [first, *(onto_grid(inputs[name], first, name, names[0]) for name in names[1:])]
     turned = [volume.reoriented(manifest.orientation) for volume in aligned]
 
-    merged = np.zeros(turned[0].shape, np.uint8)
+    merged = np.zeros(turned[0].shape, np.uint8 if max(manifest.labels, default=0) < 256 else np.uint16)
     for index, (entry, network) in enumerate(zip(manifest.networks, networks, strict=True)):
         message = f"{manifest.id}, network {index + 1} of {len(networks)}" if len(networks) > 1 else manifest.id
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from safetensors.torch import load_file
 from scangraph.contracts.errors import InvalidModel
 
 _UNET = "dynamic_network_architectures.architectures.unet."
-ARCHITECTURES = frozenset({_UNET + "PlainConvUNet", _UNET + "ResidualEncoderUNet"})
+ARCHITECTURES = frozenset(
+    {
+        _UNET + "PlainConvUNet",
+        _UNET + "ResidualEncoderUNet",
+        # Its name in plans of nnU-Net before 2.5; nnU-Net finds the class by its last part.
+        "dynamic_network_architectures.architectures.residual_unet.ResidualEncoderUNet",
+    }
+)
+#: Before nnU-Net 2.3.1, plans named only these and left the rest to be derived (nnU-Net's ConfigurationManager does).
+_OLD_ARCHITECTURES = frozenset({"PlainConvUNet", "ResidualEncoderUNet"})
 #: What an architecture's arguments may name, and what it stands for.
 MODULES = frozenset(
     [
@@ -42,9 +52,18 @@ NORMALIZATIONS = frozenset(
 RESAMPLERS = frozenset(
     ["resample_data_or_seg_to_shape", "resample_torch_fornnunet", "resample_torch_simple", "no_resampling_hack"]
 )
+#: What nnU-Net calls a fold's weights, the wanted one first.
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth")
 PREPROCESSORS = frozenset(["DefaultPreprocessor"])
-#: Trainers whose networks are what the plans say. Others may change the architecture, and then the weights would not fit.
-_STOCK_TRAINER = "nnUNetTrainer"
+#: How trainers are called whose networks are what the plans say. Others may build another one; where its weights have the
+#: same names and shapes, nothing but the trainer's name would tell.
+_STOCK_TRAINER = re.compile(r"nnUNet_?Trainer")
+#: nnU-Net's own trainers, and well-known ones of others, that are called so and yet build a network of their own.
+OVERRIDING_TRAINERS = re.compile(
+    r"nnUNetTrainerBN|nnUNet_?Trainer_?V?2?_?(UMamba|SwinUMamba|SwinUNETR|UNETR|MedNeXt|STUNet|LightMUNet|SegResNet|Primus|"
+    r"UxLSTM|xLSTM|MedSAM|VMamba|nnFormer)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,7 @@ def read_network_folder(folder: Path, folds: tuple[str, ...]) -> NetworkFolder:
     """Read plans, dataset and the weights of some folds.
 
     A fold is `fold_<n>/weights.safetensors` with `checkpoint.json` (scangraph's own form) or nnU-Net's
-    `fold_<n>/checkpoint_final.pth`.
+    `fold_<n>/checkpoint_final.pth`, else `checkpoint_best.pth`.
 
     Raises
     ------
@@ -92,8 +111,8 @@ def read_network_folder(folder: Path, folds: tuple[str, ...]) -> NetworkFolder:
             raise InvalidModel(folder=str(folder), reason="its folds were not trained alike")
     configuration = str(fields["configuration"])
     check_plans(plans, configuration, folder)
-    trainer = str(fields.get("trainer_name", _STOCK_TRAINER))
-    if not trainer.startswith(_STOCK_TRAINER):
+    trainer = str(fields.get("trainer_name", "nnUNetTrainer"))
+    if not _STOCK_TRAINER.match(trainer) or OVERRIDING_TRAINERS.match(trainer):
         raise InvalidModel(folder=str(folder), reason=f"its trainer {trainer!r} may build another network than the plans say")
     axes = fields.get("inference_allowed_mirroring_axes")
     mirror_axes = tuple(int(a) for a in axes) if axes else None
@@ -115,6 +134,7 @@ def check_plans(plans: dict[str, Any], configuration: str, folder: Path) -> None
     for settings in configurations.values():  # a configuration may inherit from any other
         architecture = settings.get("architecture", {})
         check("architecture", architecture.get("network_class_name"), ARCHITECTURES)
+        check("architecture", settings.get("UNet_class_name"), _OLD_ARCHITECTURES)
         arguments = architecture.get("arch_kwargs", {})
         for name in architecture.get("_kw_requires_import", []):
             check("module", arguments.get(name), MODULES)
@@ -144,11 +164,12 @@ def _read_fold(fold: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         except (SafetensorError, OSError) as error:
             raise InvalidModel(folder=str(fold), reason=f"weights.safetensors cannot be read ({error})") from None
         return _read_json(fold / "checkpoint.json"), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-    path = fold / "checkpoint_final.pth"
-    if not path.is_file():
-        raise InvalidModel(folder=str(fold), reason="it has neither weights.safetensors nor checkpoint_final.pth")
-    # Scalars in nnU-Net's logging fields are numpy's; these classes hold numbers and can do nothing.
-    allowed: list[Any] = [np.dtype, np._core.multiarray.scalar]  # type: ignore[attr-defined]
+    path = next((fold / name for name in CHECKPOINTS if (fold / name).is_file()), None)
+    if path is None:
+        raise InvalidModel(folder=str(fold), reason=f"it has neither weights.safetensors nor {' nor '.join(CHECKPOINTS)}")
+    # Scalars in nnU-Net's logging fields are numpy's; these classes hold numbers and can do nothing. numpy 1 had another name.
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    allowed: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar")]
     allowed += [type(np.dtype(code)) for code in ("f8", "f4", "i8", "i4", "?")]
     try:
         with torch.serialization.safe_globals(allowed):
@@ -158,9 +179,19 @@ def _read_fold(fold: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             "trainer_name": checkpoint["trainer_name"],
             "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
         }
-        return fields, checkpoint["network_weights"]
+        return fields, _checked(checkpoint["network_weights"])
     except pickle.UnpicklingError:
-        reason = "checkpoint_final.pth holds more than weights and was not executed; export it again with nnU-Net"
+        reason = f"{path.name} holds more than weights and was not executed; export it again with nnU-Net"
         raise InvalidModel(folder=str(fold), reason=reason) from None
-    except (KeyError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise InvalidModel(folder=str(fold), reason=f"checkpoint_final.pth cannot be read ({type(error).__name__})") from None
+    except (KeyError, AttributeError, TypeError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise InvalidModel(folder=str(fold), reason=f"{path.name} cannot be read ({type(error).__name__})") from None
+
+
+def _checked(weights: Any) -> dict[str, torch.Tensor]:
+    """Refuse what is no state dict, and tensors that are more than the file has: a stride of 0 makes a terabyte of a byte."""
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            raise TypeError(name)
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+            raise ValueError(name)
+    return dict(weights)

@@ -23,4 +23,6 @@ def _merge(inputs: Mapping[str, Any], parameters: MergeParameters, report: Repor
     merged = merge_label_maps(masks, only=parameters.structures)
     grids = sum(not mask.same_grid(masks[0]) for mask in masks)
     warnings = (f"{grids} of {len(masks)} masks lay on another grid than the first.",) if grids else ()
-    return StepOutput((merged,), warnings, {"volumes_ml": {str(k): round(v, 3) for k, v in merged.volumes_ml().items()}})
+    volumes = {str(number): round(ml, 3) for number, ml in merged.volumes_ml().items()}
+    names = {str(number): name for number, name in merged.names.items()}
+    return StepOutput((merged,), warnings, {"volumes_ml": volumes, **({"names": names} if names else {})})

@@ -19,11 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from numpy.typing import NDArray
 
-from scangraph.contracts import LabelMap, Scene, Volume, label_number, label_table
+from scangraph.contracts import LabelMap, Scene, Volume, label_number, label_of
 
 _WIDTH, _HEIGHT, _DPI = 1600, 900, 100
 _BACKGROUND, _PANEL, _TEXT, _MUTED, _ACCENT = "#0e1216", "#000000", "#e8ecef", "#8a949c", "#e8b23c"
-_NAMELESS = (160, 160, 160)
 #: Boxes in pixels (left, top, width, height): the axial slice is wide, the others are tall.
 _AXIAL, _CORONAL, _SAGITTAL = (28, 76, 508, 352), (28, 440, 288, 432), (328, 440, 208, 432)
 _SCENE, _LEGEND = (556, 76, 728, 796), (1304, 76, 268, 796)
@@ -248,8 +247,7 @@ def _overlay(labels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def _color(number: int) -> tuple[float, float, float]:
-    label = label_table().get(number)
-    red, green, blue = label.color if label else _NAMELESS
+    red, green, blue = label_of(number, {}).color
     return red / 255, green / 255, blue / 255
 
 
@@ -268,8 +266,8 @@ def _position(mask: LabelMap) -> tuple[int, int, int]:
 def _legend(mask: LabelMap) -> list[tuple[str, tuple[float, float, float], float]]:
     """Lines of the legend: name, colour, mL. Series are one line; what was looked for comes first."""
     lines: dict[str, tuple[tuple[float, float, float], float]] = {}
-    volumes, table = mask.volumes_ml(), label_table()
-    names = {number: table[number].name if number in table else f"label_{number}" for number in volumes}
+    volumes = mask.volumes_ml()
+    names = {number: mask.label(number).name for number in volumes}
     for number in sorted(volumes, key=lambda n: (not re.fullmatch(_INNER, names[n]), -n if n > 200 else n)):
         name = next((title for pattern, title in _SERIES if re.fullmatch(pattern, names[number])), names[number])
         color, so_far = lines.get(name.replace("_", " "), (_color(number), 0.0))

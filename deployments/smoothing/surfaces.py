@@ -86,20 +86,22 @@ def label_map_to_scene(
         raise ValueError(f"smoothing must be within 0 and 1, got {smoothing}")
     counts = mask.counts()
     wanted = list(counts) if structures is None else sorted(set(structures))
-    warnings = [f"{_name(number)} was asked for but does not occur in the mask." for number in wanted if number not in counts]
+    warnings = [
+        f"{mask.label(number).name} was asked for but does not occur in the mask." for number in wanted if number not in counts
+    ]
     wanted = [number for number in wanted if number in counts]
     if not wanted:
         return Scene((), frame, _NOTES), warnings or ["The mask is empty, and so is the scene."]
 
     cropped, offset = _crop(mask.array, None if len(wanted) == len(counts) else wanted)
     at_edge = _labels_at_edge(mask.array)
-    if cut := [_name(number) for number in wanted if number in at_edge]:
+    if cut := [mask.label(number).name for number in wanted if number in at_edge]:
         warnings.append(f"Cut by the edge of the scan, and closed flat there: {', '.join(cut)}.")
     mesher = zmesh.Mesher(mask.spacing_mm)
     mesher.mesh(cropped, close=True)
     surfaces = []
     for done, number in enumerate(wanted):
-        name = _name(number)
+        name = mask.label(number).name
         if on_progress:
             on_progress(done, len(wanted), name)
         mesh = mesher.get(number, normals=False, reduction_factor=0)
@@ -257,9 +259,8 @@ def _in_world(mask: LabelMap, number: int, vertices_zyx: Vertices, faces: Faces)
     # Reversing the axes mirrors once; a left-handed direction mirrors again.
     if np.linalg.det(np.asarray(mask.direction)) > 0:
         faces = faces[:, ::-1]
-    label = label_table().get(number)
-    color = label.color if label else (160, 160, 160)
-    return Surface(_name(number), number, color, world.astype(np.float32), faces.astype(np.int32))
+    label = mask.label(number)
+    return Surface(label.name, number, label.color, world.astype(np.float32), faces.astype(np.int32))
 
 
 def _look_at(surface: Surface, voxel_ml: float) -> list[str]:
@@ -277,8 +278,3 @@ def _look_at(surface: Surface, voxel_ml: float) -> list[str]:
 def _labels_at_edge(array: NDArray[Any]) -> set[int]:
     planes = [np.unique(array.take(index, axis=axis)) for axis in range(3) for index in (0, -1)]
     return set(np.concatenate(planes).tolist()) - {0}
-
-
-def _name(number: int) -> str:
-    label = label_table().get(number)
-    return label.name if label else f"label_{number}"

@@ -1,11 +1,23 @@
 """What crosses a process boundary: numpy, pydantic and nothing else of ours or of others."""
 
 from scangraph.contracts.components import WAITING, Component, NoParameters, Port, Progress, StepSummary
-from scangraph.contracts.labels import SCHEMES, Label, check_labels, label_number, label_table, lookup_table
+from scangraph.contracts.labels import (
+    FREE_NUMBERS,
+    SCHEMES,
+    Label,
+    check_labels,
+    free_number,
+    label_number,
+    label_of,
+    label_table,
+    lookup_table,
+    plain_name,
+)
 from scangraph.contracts.scenes import Frame, Scene, Surface
 from scangraph.contracts.volumes import LabelMap, Volume, merge_label_maps
 
 __all__ = [
+    "FREE_NUMBERS",
     "SCHEMES",
     "WAITING",
     "Component",
@@ -20,8 +32,11 @@ __all__ = [
     "Surface",
     "Volume",
     "check_labels",
+    "free_number",
     "label_number",
+    "label_of",
     "label_table",
     "lookup_table",
     "merge_label_maps",
+    "plain_name",
 ]

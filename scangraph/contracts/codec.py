@@ -80,7 +80,9 @@ def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
         arrays.append(value.array)
         geometry = {"spacing_mm": value.spacing_mm, "origin_mm": value.origin_mm, "direction": value.direction}
         if isinstance(value, LabelMap):
-            return {"type": "LabelMap", **geometry, "labels": value.labels}
+            # A list of pairs: JSON's keys are texts. Left out where there are none, so that such bytes stay what they were.
+            names = {"names": list(value.names.items())} if value.names else {}
+            return {"type": "LabelMap", **geometry, "labels": value.labels, **names}
         return {"type": "Volume", **geometry}
     if isinstance(value, Scene):
         surfaces = []
@@ -106,5 +108,5 @@ def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
     x, y, z = (tuple(row) for row in head["direction"])
     geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
     if head["type"] == "LabelMap":
-        return LabelMap(arrays[0], *geometry, tuple(head["labels"]))
+        return LabelMap(arrays[0], *geometry, tuple(head["labels"]), dict(head.get("names", ())))
     return Volume(arrays[0], *geometry)

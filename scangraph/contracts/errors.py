@@ -288,6 +288,13 @@ class ModelNotFound(UsageError):
     template = "No model {model!r} is installed for {component}; installed: {known}. See `scangraph models`."
 
 
+class ModelRefused(UsageError):
+    """What was given to install, or to remove, is not taken."""
+
+    code, title = "model-refused", "The model is refused"
+    template = "{source}: {reason}."
+
+
 class InvalidModel(FatalError):
     """A model folder that cannot be trusted or read."""
 

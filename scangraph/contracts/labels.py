@@ -2,17 +2,24 @@
 
 Numbers 1-117 and their names are TotalSegmentator v2's `total` classes (Wasserthal et al., Radiology AI 2023), codes as its
 SNOMED mapping gives them; from 201 on they are scangraph's own, so that one uint8 mask can hold everything.
+
+A model of somebody else may find what the table lacks. Such a label has a number from 1000 on that follows from its name
+(`free_number`): the same on every machine and after every installation, so that masks of different models can be merged and a
+file stays what it was. Its name stands in the model's manifest and travels with the mask (`LabelMap.names`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import colorsys
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from scangraph.contracts.errors import UnknownLabels
 
@@ -149,6 +156,12 @@ _TABLE = """
 
 #: Numberings of other projects that are accepted when named: scheme -> its number -> ours.
 SCHEMES: dict[str, dict[int, int]] = {"kits": {1: 201, 2: 202, 3: 203}}
+#: Numbers of labels that the table lacks; the last one is what a uint16 can say.
+FREE_NUMBERS = range(1000, 65536)
+#: The colour of numbers that nobody gave.
+_GREY = (160, 160, 160)
+#: Multiples of the golden ratio's fraction spread hues evenly, however many there are.
+_GOLDEN = 0.6180339887
 
 
 class Label(BaseModel):
@@ -159,7 +172,7 @@ class Label(BaseModel):
     number: int
     name: str
     color: tuple[int, int, int]
-    snomed_code: str
+    snomed_code: str = Field("", description="empty where the table lacks the label")
     laterality: Laterality | None = None
 
     @property
@@ -196,8 +209,43 @@ def label_number(name: str) -> int:
     raise KeyError(name)
 
 
-def check_labels(numbers: Iterable[int], name: str) -> None:
-    """Refuse numbers that the table does not name.
+def label_of(number: int, names: Mapping[int, str]) -> Label:
+    """Return what is known of a number: its row of the table, else its name among `names`, else a name made of the number."""
+    found = label_table().get(number)
+    if found is None:
+        red, green, blue = colorsys.hls_to_rgb(number * _GOLDEN % 1, 0.6, 0.55)
+        color = (round(255 * red), round(255 * green), round(255 * blue)) if number in FREE_NUMBERS else _GREY
+        found = Label(number=number, name=names.get(number, f"label_{number}"), color=color)
+    return found
+
+
+def plain_name(text: str) -> str:
+    """Write a label's name as the table writes names: at most 64 letters, digits and single underscores; may be empty."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:64].rstrip("_")
+
+
+def free_number(name: str, taken: Mapping[int, str]) -> int:
+    """Return the number of a label that the table lacks.
+
+    Parameters
+    ----------
+    name : str
+        As `plain_name` writes it; capitals do not matter.
+    taken : mapping
+        Number -> name of those that are known here. The same name keeps its number; where two names lead to one number
+        (a chance of 1 in 64536 for each pair), the later one gets the next that is free.
+    """
+    known = {other.lower(): number for number, other in taken.items()}
+    if name.lower() in known:
+        return known[name.lower()]
+    place = int.from_bytes(hashlib.sha256(name.lower().encode()).digest()[:8], "big")
+    while FREE_NUMBERS[place % len(FREE_NUMBERS)] in taken:
+        place += 1
+    return FREE_NUMBERS[place % len(FREE_NUMBERS)]
+
+
+def check_labels(numbers: Iterable[int], name: str, names: Mapping[int, str] | None = None) -> None:
+    """Refuse numbers that nobody names.
 
     Parameters
     ----------
@@ -205,21 +253,26 @@ def check_labels(numbers: Iterable[int], name: str) -> None:
         Numbers that occur; 0 is background.
     name : str
         What the mask is called in the message.
+    names : mapping, optional
+        Number -> name of labels that the table lacks.
 
     Raises
     ------
     UnknownLabels
         Naming the numbers.
     """
-    unknown = sorted({int(n) for n in numbers} - label_table().keys() - {0})
+    unknown = sorted({int(n) for n in numbers} - label_table().keys() - (names or {}).keys() - {0})
     if unknown:
         shown = ", ".join(map(str, unknown[:20])) + (", …" if len(unknown) > 20 else "")
         raise UnknownLabels(name=name, numbers=shown)
 
 
-def lookup_table(mapping: dict[int, int], size: int) -> NDArray[np.uint8]:
-    """Return an array that renumbers a mask by indexing: `lookup_table({1: 201}, 4)[mask]`; unnamed numbers become 0."""
-    table = np.zeros(size, np.uint8)
+def lookup_table(mapping: Mapping[int, int], size: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Return an array that renumbers a mask by indexing: `lookup_table({1: 201}, 4)[mask]`; unnamed numbers become 0.
+
+    It is of uint8 where all numbers fit, else of uint16, and so is what it gives.
+    """
+    table: NDArray[np.unsignedinteger[Any]] = np.zeros(size, np.uint8 if max(mapping.values(), default=0) < 256 else np.uint16)
     for own, number in mapping.items():
         if own < size:
             table[own] = number

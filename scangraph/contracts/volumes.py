@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Self, SupportsIndex, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from scangraph.contracts.errors import InvalidVolume
+from scangraph.contracts.labels import Label, label_of
 
 Vector = tuple[float, float, float]
 Matrix = tuple[Vector, Vector, Vector]
@@ -47,7 +48,7 @@ def _rebuild(
     # The values were checked when the volume was made; its bytes are only viewed here, never read.
     volume = object.__new__(cls)
     for name, value in zip(
-        ("array", "spacing_mm", "origin_mm", "direction", "labels"), (array, *geometry, *extra), strict=False
+        ("array", "spacing_mm", "origin_mm", "direction", "labels", "names"), (array, *geometry, *extra), strict=False
     ):
         object.__setattr__(volume, name, value)
     return volume
@@ -241,7 +242,7 @@ class Volume:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelMap(Volume):
-    """A mask: unsigned whole numbers, each of which the label table names; 0 is background.
+    """A mask: unsigned whole numbers, each of which the label table or the mask itself names; 0 is background.
 
     Parameters
     ----------
@@ -249,9 +250,12 @@ class LabelMap(Volume):
         As in `Volume`, the array unsigned and without channels.
     labels : tuple of int
         Numbers that may occur, without 0, ascending.
+    names : mapping
+        Number -> name of those among them that the table lacks.
     """
 
     labels: tuple[int, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -260,9 +264,15 @@ class LabelMap(Volume):
                 detail=f"a label map is (z, y, x) of unsigned integers, got {self.array.ndim} axes of {self.array.dtype}"
             )
         object.__setattr__(self, "labels", tuple(sorted({int(v) for v in self.labels} - {0})))
+        names = {int(number): str(self.names[number]) for number in sorted(self.names) if number in self.labels}
+        object.__setattr__(self, "names", names)
 
     def _extra(self) -> tuple[Any, ...]:
-        return (self.labels,)
+        return (self.labels, dict(self.names))
+
+    def label(self, number: int) -> Label:
+        """Return name and colour of one of its numbers."""
+        return label_of(number, self.names)
 
     def counts(self) -> dict[int, int]:
         """Voxels of each number that occurs, without background."""
@@ -293,13 +303,18 @@ class LabelMap(Volume):
             inside = ((own >= 0) & (own < bounds)).all(axis=0)
             ix, iy, iz = own[:, inside].astype(np.intp)
             out[z][inside] = self.array[iz, iy, ix]
-        return LabelMap(out, target.spacing_mm, target.origin_mm, target.direction, self.labels)
+        return LabelMap(out, target.spacing_mm, target.origin_mm, target.direction, self.labels, self.names)
 
 
 def merge_label_maps(maps: Iterable[LabelMap], only: Iterable[int] | None = None) -> LabelMap:
     """Paint masks over each other on the first one's grid; where several name a voxel, the last one wins.
 
     With `only`, the numbers that are not in it are not painted.
+
+    Raises
+    ------
+    InvalidVolume
+        If there is none, or two of them have one number for two names.
     """
     iterator: Iterator[LabelMap] = iter(maps)
     try:
@@ -307,13 +322,16 @@ def merge_label_maps(maps: Iterable[LabelMap], only: Iterable[int] | None = None
     except StopIteration:
         raise InvalidVolume(detail="nothing to merge: give at least one mask") from None
     wanted = None if only is None else sorted(set(only))
-    merged, labels = np.zeros_like(first.array), set[int]()
+    merged, labels, names = np.zeros_like(first.array), set[int](), dict[int, str]()
     for label_map in itertools.chain([first], iterator):
         array = label_map.on_grid_of(first).array
         merged = merged.astype(np.promote_types(merged.dtype, array.dtype), copy=False)
         np.copyto(merged, array, where=array != 0 if wanted is None else np.isin(array, wanted) & (array != 0))
         labels |= set(label_map.labels if wanted is None else set(label_map.labels) & set(wanted))
-    return LabelMap(merged, first.spacing_mm, first.origin_mm, first.direction, tuple(labels))
+        for number, name in label_map.names.items():
+            if names.setdefault(number, name).lower() != name.lower():
+                raise InvalidVolume(detail=f"label {number} is {names[number]!r} in one mask and {name!r} in another")
+    return LabelMap(merged, first.spacing_mm, first.origin_mm, first.direction, tuple(labels), names)
 
 
 _CORNERS = list(itertools.product((0, 1), repeat=3))

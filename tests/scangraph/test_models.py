@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-import json
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deployments.nnunet.components import COMPONENTS, component_of
 from scangraph import models
-from scangraph.contracts.errors import InvalidModel, ModelNotFound, UnknownComponent, UsageError
-from scangraph.local_cli import manifest_of_nnunet
+from scangraph.catalog import Catalog
+from scangraph.contracts.errors import InvalidModel, ModelNotFound, ModelRefused
 from tests.conftest import ROOT
 
 SHIPPED = ROOT / "models"
@@ -87,6 +90,14 @@ def test_changed_missing_and_unlisted_files_are_refused(copy: Path) -> None:
         ({"research_use_only": False}, "research_use_only"),
         ({"networks": [{"folder": "../..", "labels": {1: 206}}]}, "outside"),
         ({"networks": [{"folder": "nnunet", "labels": {1: 150}}]}, "150"),
+        (
+            {"networks": [{"folder": "nnunet", "labels": {1: 150}}], "names": {150: "bone"}},
+            "150 of its own needs a number from",
+        ),
+        ({"names": {1500: "a name\n"}}, "1500"),
+        ({"task": "inference/../v1"}, "task"),
+        ({"inputs": [{"name": "a name"}]}, "inputs.0.name"),
+        ({"inputs": [{"name": "image"}, {"name": "image"}]}, "one name"),
         ({"files": {"../../etc/passwd": "0"}}, "outside"),
         ({"surprise": 1}, "surprise"),
         ({"id": "../up"}, "id"),
@@ -117,17 +128,92 @@ def test_a_failed_install_changes_nothing(copy: Path, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["ureter-demo"]
 
 
-def test_nnunet_folders_become_models(copy: Path) -> None:
-    network = copy / "nnunet"
-    manifest = manifest_of_nnunet(network, "inference/ureter", "mine", None, ("0",), "CC-BY")
-    assert manifest.networks[0].labels == {1: 206}
-    assert not manifest.demo
-    dataset = json.loads((network / "dataset.json").read_text())
-    (network / "dataset.json").write_text(json.dumps({**dataset, "labels": {"background": 0, "left ureter": 1}}))
-    with pytest.raises(UsageError, match="left ureter"):
-        manifest_of_nnunet(network, "inference/ureter", "mine", None, ("0",), "CC-BY")
-    assert manifest_of_nnunet(network, "inference/ureter", "mine", "1=206", ("0",), "x").networks[0].labels == {1: 206}
-    with pytest.raises(UnknownComponent):
-        manifest_of_nnunet(network, "inference/nothing", None, None, ("0",), "x")
-    with pytest.raises(UsageError, match="fold_4"):
-        manifest_of_nnunet(network, "inference/ureter", None, "1=206", ("4",), "x")
+def test_links_are_not_followed(copy: Path, tmp_path: Path) -> None:
+    (copy / "nnunet/fold_0/more").symlink_to("/etc")
+    with pytest.raises(ModelRefused, match="fold_0/more is a link"):
+        models.install_model(copy, tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_differs_is_said_file_by_file(copy: Path) -> None:
+    model = models.read_model(copy)
+    assert list(models.differences(model)) == []
+    (copy / "nnunet/plans.json").write_text("{}")
+    (copy / "training.log").unlink()
+    (copy / "nnunet/fold_0/more").touch()
+    assert sorted(models.differences(model)) == [
+        "nnunet/fold_0/more is not named in the manifest",
+        "nnunet/plans.json is not the file the manifest names (SHA-256 differs)",
+        "training.log is missing",
+    ]
+
+
+def test_only_what_was_installed_is_removed(copy: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "data"
+    folders = (installed, copy.parent)
+    with pytest.raises(ModelRefused, match="only models below"):
+        models.remove_model(folders, installed, "ureter-demo")
+    models.install_model(copy, installed)
+    assert models.remove_model(folders, installed, "ureter-demo") == installed / "ureter-demo"
+    assert list(installed.iterdir()) == []
+    assert models.find_model(folders, "ureter-demo").folder == copy
+    with pytest.raises(ModelNotFound, match="ureter-demo"):
+        models.remove_model(folders, installed, "../shipped/ureter-demo")
+
+
+def test_a_model_that_is_being_installed_is_not_seen(copy: Path) -> None:
+    with models.staging(copy.parent, "x") as folder:
+        shutil.copytree(copy, folder, dirs_exist_ok=True)
+        assert [model.folder for model in models.installed_models([copy.parent])] == [copy]
+
+
+def test_what_a_killed_install_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    fresh, old = tmp_path / ".a.1.part", tmp_path / ".b.1.part"
+    for folder in (fresh, old):
+        (folder / "nnunet").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    with models.staging(tmp_path, "x"):
+        assert fresh.exists()
+        assert not old.exists()
+
+
+def test_there_is_a_model_while_it_is_replaced(copy: Path, tmp_path: Path) -> None:
+    """Somebody looks all the time; without an exchange in one step they would find nothing now and then."""
+    models.install_model(copy, tmp_path)
+    missed, stop = [], threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            if not (tmp_path / "ureter-demo" / "model.yaml").exists():
+                missed.append(1)
+            time.sleep(1e-5)
+
+    watching = threading.Thread(target=look)
+    watching.start()
+    for number in range(8):
+        edit(copy, version=f"2.0.{number}")
+        models.install_model(copy, tmp_path)
+    stop.set()
+    watching.join()
+    assert models.find_model([tmp_path], "ureter-demo").manifest.version == "2.0.7"
+    assert os.uname().sysname != "Linux" or not missed
+
+
+# --- the catalog -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_catalog_follows_the_folders(copy: Path, tmp_path: Path) -> None:
+    installed = tmp_path / "data"
+    catalog = Catalog(COMPONENTS, (installed, copy.parent), component_of)
+    assert set(catalog) == {component.id for component in COMPONENTS}
+    edit(copy, id="mine", task="inference/mine", names={1234: "my_duct"}, networks=[{"folder": "nnunet", "labels": {1: 1234}}])
+    models.install_model(copy, installed)
+    component = catalog["inference/mine"]  # asked by name it is found at once
+    assert "my duct with the installed model mine" in component.description
+    assert catalog["inference/mine"] is component
+    assert models.label_names((installed,)) == {1234: "my_duct"}
+    models.remove_model((installed,), installed, "mine")
+    shutil.rmtree(copy)
+    fresh = Catalog(COMPONENTS, (installed, copy.parent), component_of)
+    assert "inference/mine" not in fresh
+    assert len(fresh) == len(COMPONENTS)

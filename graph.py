@@ -62,7 +62,9 @@ def build_app(settings: Settings) -> Application:
 
     stages = {
         "imageio": stage(Imageio, "imageio", s.imageio, s.imageio, s.storage, s.storage_options, s.model_folders),
-        "nnunet": stage(Nnunet, "nnunet", s.nnunet, s.nnunet, s.model_folders, num_gpus=s.nnunet.num_gpus or 0),
+        "nnunet": stage(
+            Nnunet, "nnunet", s.nnunet, s.nnunet, s.model_folders, s.cache / "nnunet", num_gpus=s.nnunet.num_gpus or 0
+        ),
         "postprocess": stage(Postprocess, "postprocess", s.postprocess),
         "smoothing": stage(Smoothing, "smoothing", s.smoothing),
     }

@@ -170,6 +170,11 @@ class Settings(BaseSettings):
         return self.data / "storage"
 
     @property
+    def cache(self) -> Path:
+        """What can be made again, and takes long to make."""
+        return self.data / "cache"
+
+    @property
     def model_folders(self) -> tuple[Path, ...]:
         """Where models are looked for, the first find wins."""
         return (self.data / "models", self.models_dir)

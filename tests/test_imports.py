@@ -52,7 +52,7 @@ class Room:
 #: What each stage's own code is made with.
 STAGES = {
     "imageio": "numpy pydantic isal",
-    "nnunet": "numpy pydantic torch nnunetv2 safetensors SimpleITK scipy",
+    "nnunet": "numpy pydantic torch nnunetv2 safetensors SimpleITK scipy numba openvino psutil",
     "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh zmesh matplotlib scipy",
     "postprocess": "numpy pydantic scipy skimage",
     "executor": "pydantic",

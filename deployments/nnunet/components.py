@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from scangraph.contracts import Component, Port, label_of
 from scangraph.models import Model
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 
 
 class SegmentParameters(BaseModel):
@@ -16,7 +18,17 @@ class SegmentParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(None, description="id of an installed model; unset: the installed one for this task")
-    step_size: float = Field(0.5, ge=0.25, le=1.0, description="distance of neighbouring tiles as a part of their size")
+    precision: Literal["exact", "fast", "draft"] = Field(
+        "fast",
+        description="exact: nnU-Net's labels up to rounding; fast: the network in bfloat16 or float16; "
+        "draft: larger steps and no mirrored copies, for a first look",
+    )
+    step_size: float | None = Field(
+        None,
+        ge=0.25,
+        le=1.0,
+        description="distance of neighbouring tiles as a part of their size; unset: 0.5, and 0.8 in a draft",
+    )
 
 
 def _image(name: str, phase: str, text: str) -> Port:

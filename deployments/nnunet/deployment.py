@@ -22,15 +22,16 @@ from scangraph.stage import Operation, Report, Stage, StepOutput
 class Nnunet(Stage):
     """One deployment for all nnU-Net models."""
 
-    def __init__(self, settings: NnunetSettings, model_folders: tuple[Path, ...]) -> None:
+    def __init__(self, settings: NnunetSettings, model_folders: tuple[Path, ...], cache: Path | None = None) -> None:
         import torch
 
         from deployments.nnunet import segmentation
 
-        torch.set_num_threads(segmentation.pick_threads(settings.threads, os.cpu_count() or 1))
+        threads = segmentation.pick_threads(settings.threads, len(os.sched_getaffinity(0)))
+        torch.set_num_threads(threads)
         self._segment = segmentation.segment
         device = segmentation.pick_device(settings.num_gpus or 0)
-        self._models = segmentation.ModelStore(model_folders, device, settings.models_held)
+        self._models = segmentation.ModelStore(model_folders, device, settings.models_held, threads, cache)
         self._device, self._folders = str(device), model_folders
         self._catalog = Catalog(COMPONENTS, model_folders, component_of)
         super().__init__({})
@@ -50,6 +51,14 @@ class Nnunet(Stage):
     def _run(self, task: str, inputs: Mapping[str, Any], parameters: SegmentParameters, report: Report) -> StepOutput:
         report(0, 0, "loading the model")
         model, networks, loaded = self._models.get(task, parameters.model)
-        mask, warnings = self._segment(inputs, model, networks, step_size=parameters.step_size, on_progress=report)
-        facts = {"model": model.describe(), "model_loaded": loaded, "device": self._device}
+        mask, warnings = self._segment(
+            inputs, model, networks, on_progress=report, step_size=parameters.step_size, precision=parameters.precision
+        )
+        facts = {
+            "model": model.describe(),
+            "model_loaded": loaded,
+            "device": self._device,
+            "precision": parameters.precision,
+            "engine": networks[0].engine(parameters.precision),
+        }
         return StepOutput((replace(mask, names=model.manifest.names),), tuple(warnings), facts)

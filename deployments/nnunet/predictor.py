@@ -1,82 +1,75 @@
-"""One nnU-Net network, ready to predict: the seam behind which the inference engine is exchanged.
+"""The engine: an image and an nnU-Net network to labels, in bounded memory.
 
-What the rest of the stage sees is `Network(folder, …).predict(channels, spacing_mm, on_tile) -> labels`. Behind it stands,
-for now, nnU-Net's own predictor (Isensee et al., Nature Methods 2021), its network built from the plans and its tile loop
-replaced, so that tiles are counted, a cancelled request stops, and running out of memory is an error, not a silent retry.
+The networks and their plans are nnU-Net's (Isensee et al., Nature Methods 2021), and so is what is computed: crop, normalise,
+resample, overlapping tiles weighted by a Gaussian, mirrored copies, several folds, back onto the image's grid, the highest
+class. How it is computed is not: see `resampling.py` (before the network), `runtimes.py` (the network) and `accumulate.py`
+(after it).
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
-with warnings.catch_warnings():
-    # Importing nnU-Net before its folders are set prints and warns about training, which does not concern us.
-    warnings.simplefilter("ignore")
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-    from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
+from deployments.nnunet.accumulate import Accumulator, DeviceAccumulator, Head, Target
+from deployments.nnunet.memory import Need, check_memory
+from deployments.nnunet.plan import Normalization, Plan, build_network, normalize_whole, read_plan
+from deployments.nnunet.resampling import Rule, resample
+from deployments.nnunet.runtimes import (
+    OpenVino,
+    Poll,
+    Precision,
+    Runtime,
+    Torch,
+    complete_state,
+    has_fast_bf16,
+    last_layer,
+    split_head,
+)
 from deployments.nnunet.weights import NetworkFolder
-from scangraph.contracts.errors import InvalidModel
 
-#: Called after every tile as `on_tile(done, total)`; what it raises stops the prediction.
+#: Called before and during every pass as `on_tile(done, total)`; what it raises stops the prediction.
 OnTile = Callable[[int, int], None]
 
 
-class _TiledPredictor(nnUNetPredictor):  # type: ignore[misc]
-    """nnU-Net's predictor with a tile loop that can be watched and stopped."""
+@dataclass(frozen=True)
+class Manner:
+    """How a precision is reached."""
 
-    on_tile: OnTile
-
-    @torch.inference_mode()
-    def _internal_predict_sliding_window_return_logits(
-        self, data: torch.Tensor, slicers: Sequence[Any], do_on_device: bool = True
-    ) -> torch.Tensor:
-        device = self.device if do_on_device else torch.device("cpu")
-        data = data.to(device)
-        logits = torch.zeros((self.label_manager.num_segmentation_heads, *data.shape[1:]), dtype=torch.half, device=device)
-        weight = torch.zeros(data.shape[1:], dtype=torch.half, device=device)
-        gaussian = compute_gaussian(
-            tuple(self.configuration_manager.patch_size), sigma_scale=1.0 / 8, value_scaling_factor=10, device=device
-        )
-        for done, tile in enumerate(slicers):
-            self.on_tile(done, len(slicers))
-            patch = data[tile][None].contiguous().to(self.device)
-            logits[tile] += self._internal_maybe_mirror_and_predict(patch)[0].to(device) * gaussian
-            weight[tile[1:]] += gaussian
-        self.on_tile(len(slicers), len(slicers))
-        logits /= weight
-        return logits
+    bf16: bool
+    mirroring: bool
+    step_size: float
+    half: bool
 
 
-def complete_state(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Give every name of a network's state its tensor; nnU-Net's modules know one tensor by up to three names, files by one.
+#: `exact` gives nnU-Net's labels up to rounding (its float16 sums included), `fast` computes the network in bfloat16 or
+#: float16, `draft` also takes larger steps and no mirrored copies.
+MANNERS: dict[Precision, Manner] = {
+    "exact": Manner(bf16=False, mirroring=True, step_size=0.5, half=True),
+    "fast": Manner(bf16=True, mirroring=True, step_size=0.5, half=False),
+    "draft": Manner(bf16=True, mirroring=False, step_size=0.8, half=False),
+}
 
-    Raises
-    ------
-    InvalidModel
-        If the weights are not this network's.
-    """
-    state = network.state_dict()
-    shared = {state[name].data_ptr(): tensor for name, tensor in weights.items() if name in state}
-    complete = {name: weights.get(name, shared.get(tensor.data_ptr())) for name, tensor in state.items()}
-    wrong = [name for name, tensor in complete.items() if tensor is None or tensor.shape != state[name].shape]
-    wrong += [name for name in weights if name not in state]
-    if wrong:
-        raise InvalidModel(folder="weights", reason=f"they do not fit the network of the plans, first at {wrong[0]}")
-    return {name: tensor for name, tensor in complete.items() if tensor is not None}
+
+class Tile(NamedTuple):
+    """One position of the network's window."""
+
+    origin: tuple[int, int, int]
+    #: Slices below this one are not touched by any later tile.
+    ends_before: int
 
 
 class Network:
-    """A loaded network.
+    """A loaded network, of one or several folds.
 
     Parameters
     ----------
@@ -86,38 +79,84 @@ class Network:
         Where it computes.
     mirroring : bool
         Average over mirrored copies along the axes that training mirrored: slower by 2 to the number of axes.
+    threads : int
+        Of the processor; 0 for torch's setting.
+    cache : Path or None
+        Folder in which converted networks are kept.
     """
 
-    def __init__(self, folder: NetworkFolder, device: torch.device, *, mirroring: bool) -> None:
-        plans = PlansManager(folder.plans)
-        configuration = plans.get_configuration(folder.configuration)
-        network = get_network_from_plans(
-            configuration.network_arch_class_name,
-            configuration.network_arch_init_kwargs,
-            configuration.network_arch_init_kwargs_req_import,
-            determine_num_input_channels(plans, configuration, folder.dataset),
-            plans.get_label_manager(folder.dataset).num_segmentation_heads,
-            allow_init=False,
-            deep_supervision=False,
-        )
-        parameters = [complete_state(network, weights) for weights in folder.parameters]
-        network.load_state_dict(parameters[0])
-        predictor = _TiledPredictor(
-            use_gaussian=True,
-            use_mirroring=mirroring and folder.mirror_axes is not None,
-            perform_everything_on_device=device.type == "cuda",
-            device=device,
-            allow_tqdm=False,
-        )
-        predictor.manual_initialization(
-            network, plans, configuration, parameters, folder.dataset, folder.trainer, folder.mirror_axes
-        )
-        self._predictor = predictor
-        self.channels = len(folder.dataset.get("channel_names", folder.dataset.get("modality", {})))
-        self.patch = tuple(configuration.patch_size)
+    def __init__(
+        self, folder: NetworkFolder, device: torch.device, *, mirroring: bool, threads: int = 0, cache: Path | None = None
+    ) -> None:
+        self.plan = read_plan(folder)
+        self._device, self._threads, self._cache = device, threads or torch.get_num_threads(), cache
+        self._mirror_axes = tuple(folder.mirror_axes or ()) if mirroring else ()
+        self._networks: list[torch.nn.Module] = []
+        for weights in folder.parameters:
+            network = build_network(folder)
+            # The tensors stay where they are: mapped from a file, they are in memory once for all replicas of a node.
+            network.load_state_dict(complete_state(network, weights), assign=True)
+            self._networks.append(network)
+        features = [_features(network) or 0 for network in self._networks]
+        # Whether the last layer's inputs, of all folds, are fewer than the classes.
+        self._late = 0 < sum(features) < self.plan.classes and len(set(features)) == 1
+        self._width = features[0] if self._late else self.plan.classes
+        self._head = self._take_heads() if self._late else None
+        self._runtimes: dict[bool, list[Runtime]] = {}
+
+    def _take_heads(self) -> Head:
+        """Take the last layers off; return the mean of them, as one layer on all folds' channels side by side."""
+        heads = [head for head in map(split_head, self._networks) if head is not None]
+        weight = torch.cat([head.weight for head in heads], 1) / len(heads)
+        return Head(weight.contiguous(), torch.stack([head.bias for head in heads]).mean(0))
+
+    @property
+    def channels(self) -> int:
+        """How many images it takes."""
+        return self.plan.channels
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Shape of a tile, in the network's axes."""
+        return self.plan.patch
+
+    def runtimes(self, *, bf16: bool) -> list[Runtime]:
+        """Return each fold's network, ready; it is made when it is first asked for."""
+        if bf16 not in self._runtimes:
+            self._runtimes[bf16] = [self._runtime(network, bf16=bf16) for network in self._networks]
+        return self._runtimes[bf16]
+
+    def engine(self, precision: Precision) -> str:
+        """Say what computes it."""
+        return self.runtimes(bf16=MANNERS[precision].bf16)[0].name
+
+    def _runtime(self, network: torch.nn.Module, *, bf16: bool) -> Runtime:
+        plan = self.plan
+        if self._device.type == "cuda":
+            return Torch(network, self._device, flat=plan.flat, dtype=torch.float16 if bf16 else torch.float32, compiled=bf16)
+        bf16 = bf16 and has_fast_bf16()  # elsewhere bfloat16 is emulated: slower than float32, and less precise
+        try:
+            return OpenVino(
+                network,
+                plan.channels,
+                plan.patch,
+                flat=plan.flat,
+                bf16=bf16,
+                logits=not self._late,
+                threads=self._threads,
+                cache=self._cache,
+            )
+        except ImportError:
+            return Torch(network, self._device, flat=plan.flat, dtype=torch.bfloat16 if bf16 else torch.float32, compiled=False)
 
     def predict(
-        self, channels: Sequence[NDArray[Any]], spacing_mm: Sequence[float], on_tile: OnTile, step_size: float = 0.5
+        self,
+        channels: Sequence[NDArray[Any]],
+        spacing_mm: Sequence[float],
+        on_tile: OnTile,
+        step_size: float | None = None,
+        precision: Precision = "fast",
+        numbers: NDArray[np.unsignedinteger[Any]] | None = None,
     ) -> NDArray[np.unsignedinteger[Any]]:
         """Segment an image.
 
@@ -128,19 +167,215 @@ class Network:
         spacing_mm : (z, y, x)
             Of that grid; the network works at its own and the labels come back on this one.
         on_tile : callable
-            Called before every tile; may raise to stop.
-        step_size : float
-            Distance of neighbouring tiles as a part of their size.
+            Called several times a second; may raise to stop.
+        step_size : float, optional
+            Distance of neighbouring tiles as a part of their size; the precision's own by default.
+        precision : str
+            `exact`, `fast` or `draft`; see `MANNERS`.
+        numbers : ndarray of unsigned integers, optional
+            What is written for each label of the network; itself by default.
 
         Returns
         -------
         ndarray of unsigned integers, shape (z, y, x)
-            Labels in the network's own numbering.
+
+        Raises
+        ------
+        NotEnoughMemory
+            Before anything large is made.
         """
-        self._predictor.on_tile = on_tile
-        self._predictor.tile_step_size = step_size
-        image = np.stack([np.asarray(channel, dtype=np.float32) for channel in channels])
-        labels: NDArray[np.unsignedinteger[Any]] = self._predictor.predict_single_npy_array(
-            image, {"spacing": list(spacing_mm)}
+        manner, plan = MANNERS[precision], self.plan
+        turned = [np.transpose(np.asarray(channel), plan.transpose_forward) for channel in channels]
+        spacing = [float(spacing_mm[axis]) for axis in plan.transpose_forward]
+        box = nonzero_box(turned)
+        cropped = [channel[box] for channel in turned]
+        shape, own_spacing = plan.grid(cropped[0].shape, spacing)
+        padded, inner = _padding(shape, plan.patch)
+        labels_of = np.array(plan.numbers) if numbers is None else numbers[np.array(plan.numbers)]
+        written: NDArray[np.unsignedinteger[Any]] = labels_of.astype(np.uint8 if labels_of.max(initial=0) < 256 else np.uint16)
+        need = self._need(turned[0].shape, cropped[0].shape, padded, written.itemsize, bf16=manner.bf16)
+        check_memory(need, self._device)
+
+        on_tile(0, 0)
+        numba.set_num_threads(min(self._threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+        runtimes = self.runtimes(bf16=manner.bf16)
+        image = self._prepare(cropped, shape, plan.image_resampler.rule(spacing, own_spacing), padded, inner)
+        labels = np.zeros(np.shape(channels[0]), written.dtype)
+        target = Target(
+            labels=np.transpose(labels, plan.transpose_forward)[box],
+            rule=plan.logit_resampler.rule(own_spacing, spacing),
+            numbers=written,
+            regions=plan.regions,
+            half=manner.half,
         )
-        return labels.astype(np.uint16 if labels.max(initial=0) > 255 else np.uint8, copy=False)
+        width = self._width * (len(runtimes) if self._late else 1)
+        if self._device.type == "cuda":
+            sums: Any = DeviceAccumulator(padded, inner, width, self._head, target, self._device)
+        else:
+            sums = Accumulator(padded, inner, plan.patch[0], width, self._head, target)
+        flips = list(_mirrored(self._mirror_axes if manner.mirroring else (), flat=plan.flat))
+        tiles = list(tile_positions(padded, plan.patch, manner.step_size if step_size is None else step_size))
+        gaussian = importance(plan.patch, flat=plan.flat)
+        total, done = len(tiles) * len(flips) * len(runtimes), 0
+        share = 1 / len(flips) if self._late else 1 / (len(flips) * len(runtimes))
+        for tile in tiles:
+            patch = _cut(image, tile.origin, plan.patch)
+            for number, (fold, flip) in enumerate(itertools.product(range(len(runtimes)), flips)):
+                poll = _poll(on_tile, done, total)
+                result = runtimes[fold](_flipped(patch, flip), poll)
+                first = fold * self._width if self._late else 0
+                sums.add(result, gaussian, tile.origin, flips=flip, share=share, first_channel=first, count=number == 0)
+                done += 1
+            sums.finish(tile.ends_before)
+        on_tile(total, total)
+        return labels
+
+    def _prepare(
+        self,
+        cropped: Sequence[NDArray[Any]],
+        shape: Sequence[int],
+        rule: Rule,
+        padded: Sequence[int],
+        inner: Sequence[slice],
+    ) -> torch.Tensor:
+        """Normalise, resample and pad: float32, (channels, z, y, x) on the network's grid."""
+        image = torch.zeros((len(cropped), *padded), dtype=torch.float32, device=self._device)
+        inside = None
+        for index, (channel, scheme) in enumerate(zip(cropped, self.plan.normalizations, strict=True)):
+            if scheme.inside_only and inside is None:
+                inside = ndimage.binary_fill_holes(np.logical_or.reduce([c != 0 for c in cropped]))
+            given, normalize = _normalizer(channel, scheme, inside)
+            image[index][tuple(inner)] = resample(given, shape, rule, normalize, self._device)
+        return image
+
+    def _need(
+        self, shape: Sequence[int], cropped: Sequence[int], padded: Sequence[int], label_bytes: int, *, bf16: bool
+    ) -> Need:
+        plan, late = self.plan, self._late
+        width = self._width * (len(self._networks) if late else 1)
+        plane = int(np.prod(padded[1:]))
+        middle = cropped[0] * plane * 4
+        ring = min(plan.patch[0], padded[0]) * plane * (width + 1) * 4
+        if self._device.type == "cuda":
+            ring = padded[0] * plane * (width + 1) * 4
+        slices = plane * (2 * plan.classes + width + 2) * 4
+        first = next((p.shape[0] for p in self._networks[0].parameters() if p.ndim > 1), 32)
+        # Measured with OpenVINO: 0.5 GB for 128³ with 32 channels in bfloat16.
+        activations = 4 * int(np.prod(plan.patch)) * first * (2 if bf16 else 4)
+        weights = sum(p.numel() for p in self._networks[0].parameters()) * 4 * len(self._networks)
+        image = int(np.prod(padded)) * 4 * plan.channels
+        labels = 2 * int(np.prod(shape)) * label_bytes
+        return Need(image=image + max(middle, 0), sums=ring + slices, network=activations + weights, labels=labels)
+
+
+def nonzero_box(channels: Sequence[NDArray[Any]]) -> tuple[slice, slice, slice]:
+    """Return the smallest box outside of which all channels are zero; everything where all of it is.
+
+    Only the planes outside the box and the first inside are read: on CT, whose air is not zero, six planes.
+    """
+    shape, bounds = channels[0].shape, []
+    for axis, length in enumerate(shape):
+
+        def empty(index: int, axis: int = axis) -> bool:
+            return not any(np.moveaxis(channel, axis, 0)[index].any() for channel in channels)
+
+        low = next((i for i in range(length) if not empty(i)), None)
+        if low is None:
+            return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
+        high = next(i for i in range(length - 1, -1, -1) if not empty(i))
+        bounds.append(slice(low, high + 1))
+    return bounds[0], bounds[1], bounds[2]
+
+
+def tile_positions(shape: Sequence[int], patch: Sequence[int], step_size: float) -> Iterator[Tile]:
+    """Yield nnU-Net's tile positions: as few as cover the shape with at most `step_size · patch` between them, evenly spread.
+
+    Parameters
+    ----------
+    shape, patch : (z, y, x)
+        The shape is at least the patch.
+    step_size : float
+        Of the patch's size.
+    """
+    along = []
+    for length, window in zip(shape, patch, strict=True):
+        count = int(np.ceil((length - window) / (window * step_size))) + 1
+        gap = (length - window) / (count - 1) if count > 1 else 0
+        along.append([int(np.round(gap * i)) for i in range(count)])
+    rows = along[0]
+    for i, z in enumerate(rows):
+        row = [(z, y, x) for y in along[1] for x in along[2]]
+        for origin in row[:-1]:
+            yield Tile(origin, z)
+        yield Tile(row[-1], rows[i + 1] if i + 1 < len(rows) else shape[0])
+
+
+def importance(patch: Sequence[int], *, flat: bool) -> NDArray[np.float32]:
+    """Return nnU-Net's weights of a tile's voxels: a Gaussian of an eighth of the tile, in float16's steps."""
+    window = tuple(patch[1:]) if flat else tuple(patch)
+    point = np.zeros(window)
+    point[tuple(n // 2 for n in window)] = 1
+    weights = ndimage.gaussian_filter(point, [n / 8 for n in window], 0, mode="constant", cval=0)
+    halves = (weights * (10 / weights.max())).astype(np.float16)
+    halves[halves == 0] = halves[halves > 0].min()
+    result: NDArray[np.float32] = halves.astype(np.float32).reshape(tuple(patch))
+    return result
+
+
+def _features(network: torch.nn.Module) -> int | None:
+    """Return the width of the last layer's input, None where that layer is not linear at each voxel."""
+    last = last_layer(network)
+    return None if last is None else int(last.in_channels)
+
+
+def _padding(shape: Sequence[int], patch: Sequence[int]) -> tuple[tuple[int, int, int], tuple[slice, slice, slice]]:
+    """Return (shape, where the image lies in it) after padding to at least the patch, the same on both sides."""
+    sizes = [max(n, p) for n, p in zip(shape, patch, strict=True)]
+    below = [(size - n) // 2 for size, n in zip(sizes, shape, strict=True)]
+    inner = [slice(b, b + n) for b, n in zip(below, shape, strict=True)]
+    return (sizes[0], sizes[1], sizes[2]), (inner[0], inner[1], inner[2])
+
+
+def _mirrored(axes: Sequence[int], *, flat: bool) -> Iterator[tuple[bool, bool, bool]]:
+    """Yield every combination of mirrored axes, none first."""
+    own = [axis + flat for axis in axes]
+    for count in range(len(own) + 1):
+        for chosen in itertools.combinations(own, count):
+            yield (0 in chosen, 1 in chosen, 2 in chosen)
+
+
+def _cut(image: torch.Tensor, origin: Sequence[int], patch: Sequence[int]) -> Any:
+    part = image[:, *(slice(o, o + n) for o, n in zip(origin, patch, strict=True))]
+    return part.contiguous() if image.device.type == "cuda" else part.numpy()
+
+
+def _flipped(patch: Any, flip: Sequence[bool]) -> Any:
+    axes = [axis + 1 for axis, turned in enumerate(flip) if turned]
+    if isinstance(patch, torch.Tensor):
+        return torch.flip(patch, axes) if axes else patch
+    return np.ascontiguousarray(np.flip(patch, tuple(axes)) if axes else patch)
+
+
+def _poll(on_tile: OnTile, done: int, total: int) -> Poll:
+    on_tile(done, total)
+    return lambda: on_tile(done, total)
+
+
+def _normalizer(
+    channel: NDArray[Any], scheme: Normalization, inside: NDArray[np.bool_] | None
+) -> tuple[NDArray[Any], Callable[[torch.Tensor], torch.Tensor]]:
+    """Return (image, what is still to be done to its slabs)."""
+    if scheme.scheme == "CTNormalization":
+        lower, upper, mean, std = scheme.lower, scheme.upper, scheme.mean, max(scheme.std, 1e-8)
+        return channel, lambda slab: slab.clamp_(lower, upper).sub_(mean).div_(std)
+    if scheme.scheme == "NoNormalization":
+        return channel, lambda slab: slab
+    whole = np.array(channel, dtype=np.float32)
+    if scheme.inside_only and inside is not None:
+        whole[inside] = normalize_whole(whole[inside], scheme)
+    else:
+        normalize_whole(whole, scheme)
+    return whole, lambda slab: slab
+
+
+__all__ = ["MANNERS", "Network", "Plan", "Precision"]

@@ -10,16 +10,20 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+from numpy.typing import NDArray
 
-from deployments.nnunet.predictor import Network
+from deployments.nnunet.memory import NotEnoughMemory, free_memory
+from deployments.nnunet.predictor import Network, Precision
 from deployments.nnunet.weights import read_network_folder
 from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
-from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, WrongGrid
+from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, TooLargeForMemory, WrongGrid
 from scangraph.models import Model, choose_model, verify_files
 
 #: Below this part of common space two phases cannot be of one region.
 _LEAST_OVERLAP = 0.5
 _AIR_HU = -1024
+#: With less free memory than this the least recently used models go.
+_LEAST_FREE = 2 * 2**30
 #: Median HU inside the found structure under which the image is unlikely to be of its phase, per (input, label name).
 _ENHANCEMENT_HU = {("image_A", "artery"): 150, ("image_P", "vein"): 90, ("image_D", "ureter"): 150}
 
@@ -36,11 +40,18 @@ class ModelStore:
     device : torch.device
         Where the networks go.
     held : int
-        How many models are kept.
+        How many models are kept; fewer where memory is short.
+    threads : int
+        Of the processor, for one prediction; 0 for torch's setting.
+    cache : Path or None
+        Folder in which converted networks are kept.
     """
 
-    def __init__(self, folders: Sequence[Path], device: torch.device, held: int) -> None:
+    def __init__(
+        self, folders: Sequence[Path], device: torch.device, held: int, threads: int = 0, cache: Path | None = None
+    ) -> None:
         self._folders, self._device, self._held = tuple(folders), device, held
+        self._threads, self._cache = threads, cache
         self._loaded: OrderedDict[str, list[Network]] = OrderedDict()
 
     def get(self, task: str, model_id: str | None) -> tuple[Model, list[Network], bool]:
@@ -55,7 +66,7 @@ class ModelStore:
         fresh = model.digest not in self._loaded
         if fresh:
             verify_files(model)
-            while len(self._loaded) >= self._held:
+            while len(self._loaded) >= self._held or (self._loaded and free_memory() < _LEAST_FREE):
                 self._loaded.popitem(last=False)
             self._loaded[model.digest] = [self._load(model, i) for i in range(len(model.manifest.networks))]
         self._loaded.move_to_end(model.digest)
@@ -64,7 +75,7 @@ class ModelStore:
     def _load(self, model: Model, index: int) -> Network:
         entry = model.manifest.networks[index]
         folder = read_network_folder(model.folder / entry.folder, entry.folds)
-        network = Network(folder, self._device, mirroring=model.manifest.mirroring)
+        network = Network(folder, self._device, mirroring=model.manifest.mirroring, threads=self._threads, cache=self._cache)
         if network.channels != len(model.manifest.inputs):
             reason = f"{entry.folder} takes {network.channels} channels, the manifest names {len(model.manifest.inputs)} inputs"
             raise InvalidModel(folder=str(model.folder), reason=reason)
@@ -72,7 +83,13 @@ class ModelStore:
 
 
 def segment(
-    inputs: Mapping[str, Volume], model: Model, networks: Sequence[Network], *, step_size: float, on_progress: OnProgress
+    inputs: Mapping[str, Volume],
+    model: Model,
+    networks: Sequence[Network],
+    *,
+    on_progress: OnProgress,
+    step_size: float | None = None,
+    precision: Precision = "fast",
 ) -> tuple[LabelMap, list[str]]:
     """Segment an image, or several of one patient, with a model.
 
@@ -84,10 +101,12 @@ def segment(
         Which one.
     networks : sequence of Network
         Its networks, in the manifest's order.
-    step_size : float
-        Distance of neighbouring tiles as a part of their size.
     on_progress : callable
         Called as `on_progress(done, total, message)`.
+    step_size : float, optional
+        Distance of neighbouring tiles as a part of their size; the precision's own by default.
+    precision : str
+        `exact`, `fast` or `draft`.
 
     Returns
     -------
@@ -100,8 +119,8 @@ def segment(
         If an input of the model is missing, or has channels.
     WrongGrid
         If the images hardly overlap.
-    OutOfMemory
-        If the device has too little.
+    TooLargeForMemory, OutOfMemory
+        If the device has too little: before it begins, or on the way.
     """
     manifest = model.manifest
     names = [entry.name for entry in manifest.inputs]
@@ -116,20 +135,32 @@ def segment(
     aligned = [first, *(onto_grid(inputs[name], first, name, names[0]) for name in names[1:])]
     turned = [volume.reoriented(manifest.orientation) for volume in aligned]
 
-    merged = np.zeros(turned[0].shape, np.uint8 if max(manifest.labels, default=0) < 256 else np.uint16)
+    merged: NDArray[np.unsignedinteger] | None = None
     for index, (entry, network) in enumerate(zip(manifest.networks, networks, strict=True)):
         message = f"{manifest.id}, network {index + 1} of {len(networks)}" if len(networks) > 1 else manifest.id
 
         def on_tile(done: int, total: int, index: int = index, message: str = message) -> None:
             on_progress(index * total + done, len(networks) * total, message)
 
+        shape = "×".join(map(str, first.shape))
+        numbers = lookup_table(entry.labels, max(network.plan.numbers) + 1)
         try:
-            own = network.predict([v.array for v in turned], turned[0].spacing_mm, on_tile, step_size)
+            own = network.predict(
+                [v.array for v in turned], turned[0].spacing_mm, on_tile, step_size, precision=precision, numbers=numbers
+            )
+        except NotEnoughMemory as error:
+            raise TooLargeForMemory(
+                component=manifest.task, device=error.device, needed_mb=error.needed_mb, free_mb=error.free_mb, shape=shape
+            ) from None
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
-            raise OutOfMemory(component=manifest.task, device="GPU", shape="×".join(map(str, first.shape))) from None
-        numbers = lookup_table(entry.labels, int(own.max(initial=0)) + 1)[own]
-        np.copyto(merged, numbers, where=numbers != 0)
+            raise OutOfMemory(component=manifest.task, device="GPU", shape=shape) from None
+        if merged is None:
+            merged = own
+        else:
+            merged = merged.astype(np.promote_types(merged.dtype, own.dtype), copy=False)
+            np.copyto(merged, own, where=own != 0)
+    assert merged is not None  # a manifest names at least one network
     result = LabelMap(merged, turned[0].spacing_mm, turned[0].origin_mm, turned[0].direction, manifest.labels)
     # Turning back only flips and permutes; the input's own geometry is then put in its place to the last bit.
     array = np.ascontiguousarray(result.reoriented(first.axcodes).array)

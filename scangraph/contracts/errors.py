@@ -325,6 +325,16 @@ class OutOfMemory(TransientError):
     template = "{component} ran out of {device} memory on an image of {shape} voxels. Use a coarser or smaller image."
 
 
+class TooLargeForMemory(FatalError):
+    """A step would need more memory than is free; it was not begun."""
+
+    code, status, title = "too-large-for-memory", 507, "Not enough memory"
+    template = (
+        "{component} needs about {needed_mb} MB of {device} memory for an image of {shape} voxels, and {free_mb} MB are free. "
+        "Use a coarser or smaller image, or a larger machine."
+    )
+
+
 class StageFailed(FatalError):
     """A step raised something nobody foresaw; the cause is in the log under the execution's id."""
 

@@ -41,6 +41,10 @@ bench: setup-dev ## measure again what benchmarks/README.md quotes
 	@$(DEV)/python -m benchmarks.nifti
 	@$(DEV)/python -m benchmarks.hops
 	@$(DEV)/python -m benchmarks.starts
+	@$(DEV)/python -m benchmarks.load
+	@$(DEV)/python -m benchmarks.uploads 2
+	@$(DEV)/python -m benchmarks.faults --executions 20
+	@$(DEV)/python -m benchmarks.nnunet.speed
 
 lock: ## resolve runtime_envs/*.in into the locks again
 	@$(PYTHON) runtime_envs/build.py --lock

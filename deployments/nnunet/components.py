@@ -18,6 +18,10 @@ class SegmentParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str | None = Field(None, description="id of an installed model; unset: the installed one for this task")
+    structures: tuple[int, ...] | None = Field(
+        None,
+        description="label numbers that are wanted; unset: all. Of a model in parts only those that have them are computed",
+    )
     precision: Literal["exact", "fast", "draft"] = Field(
         "fast",
         description="exact: nnU-Net's labels up to rounding; fast: the network in bfloat16 or float16; "

@@ -52,7 +52,13 @@ class Nnunet(Stage):
         report(0, 0, "loading the model")
         model, networks, loaded = self._models.get(task, parameters.model)
         mask, warnings = self._segment(
-            inputs, model, networks, on_progress=report, step_size=parameters.step_size, precision=parameters.precision
+            inputs,
+            model,
+            networks,
+            on_progress=report,
+            step_size=parameters.step_size,
+            precision=parameters.precision,
+            structures=parameters.structures,
         )
         facts = {
             "model": model.describe(),

@@ -90,6 +90,7 @@ def segment(
     on_progress: OnProgress,
     step_size: float | None = None,
     precision: Precision = "fast",
+    structures: Sequence[int] | None = None,
 ) -> tuple[LabelMap, list[str]]:
     """Segment an image, or several of one patient, with a model.
 
@@ -107,6 +108,8 @@ def segment(
         Distance of neighbouring tiles as a part of their size; the precision's own by default.
     precision : str
         `exact`, `fast` or `draft`.
+    structures : sequence of int, optional
+        Label numbers that are wanted; networks that have none of them are not computed.
 
     Returns
     -------
@@ -116,7 +119,7 @@ def segment(
     Raises
     ------
     InvalidParameters
-        If an input of the model is missing, or has channels.
+        If an input of the model is missing or has channels, or a wanted structure is none of the model's.
     WrongGrid
         If the images hardly overlap.
     TooLargeForMemory, OutOfMemory
@@ -129,6 +132,12 @@ def segment(
             raise InvalidParameters(component=manifest.task, detail=f"model {manifest.id} needs the input {name!r}")
         if inputs[name].array.ndim != 3:
             raise InvalidParameters(component=manifest.task, detail=f"{name} has channels; expected one CT")
+    wanted = set(manifest.labels if structures is None else structures)
+    if unknown := sorted(wanted - set(manifest.labels)):
+        has = ", ".join(map(str, manifest.labels))
+        raise InvalidParameters(
+            component=manifest.task, detail=f"model {manifest.id} has no structures {unknown}; it has {has}"
+        )
     first = inputs[names[0]]
     warnings = [*model.warnings, *_input_warnings(inputs, names, manifest.task)]
     on_progress(0, 0, "preparing")
@@ -136,14 +145,19 @@ def segment(
     turned = [volume.reoriented(manifest.orientation) for volume in aligned]
 
     merged: NDArray[np.unsignedinteger] | None = None
-    for index, (entry, network) in enumerate(zip(manifest.networks, networks, strict=True)):
-        message = f"{manifest.id}, network {index + 1} of {len(networks)}" if len(networks) > 1 else manifest.id
+    needed = [
+        (network, {own: number for own, number in entry.labels.items() if number in wanted})
+        for entry, network in zip(manifest.networks, networks, strict=True)
+        if wanted & set(entry.labels.values())
+    ]
+    for index, (network, kept) in enumerate(needed):
+        message = f"{manifest.id}, network {index + 1} of {len(needed)}" if len(needed) > 1 else manifest.id
 
         def on_tile(done: int, total: int, index: int = index, message: str = message) -> None:
-            on_progress(index * total + done, len(networks) * total, message)
+            on_progress(index * total + done, len(needed) * total, message)
 
         shape = "×".join(map(str, first.shape))
-        numbers = lookup_table(entry.labels, max(network.plan.numbers) + 1)
+        numbers = lookup_table(kept, max(network.plan.numbers) + 1)
         try:
             own = network.predict(
                 [v.array for v in turned], turned[0].spacing_mm, on_tile, step_size, precision=precision, numbers=numbers
@@ -160,11 +174,13 @@ def segment(
         else:
             merged = merged.astype(np.promote_types(merged.dtype, own.dtype), copy=False)
             np.copyto(merged, own, where=own != 0)
-    assert merged is not None  # a manifest names at least one network
-    result = LabelMap(merged, turned[0].spacing_mm, turned[0].origin_mm, turned[0].direction, manifest.labels)
+    if merged is None:  # nothing was wanted
+        merged = np.zeros(turned[0].shape, np.uint8)
+    labels = tuple(number for number in manifest.labels if number in wanted)
+    result = LabelMap(merged, turned[0].spacing_mm, turned[0].origin_mm, turned[0].direction, labels)
     # Turning back only flips and permutes; the input's own geometry is then put in its place to the last bit.
     array = np.ascontiguousarray(result.reoriented(first.axcodes).array)
-    mask = LabelMap(array, first.spacing_mm, first.origin_mm, first.direction, manifest.labels)
+    mask = LabelMap(array, first.spacing_mm, first.origin_mm, first.direction, labels)
     warnings += _result_warnings(mask, dict(zip(names, aligned, strict=True)))
     return mask, warnings
 

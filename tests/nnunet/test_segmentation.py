@@ -193,5 +193,33 @@ def test_labels_of_several_networks_are_merged(store: ModelStore, phantom: Phant
     assert set(mask.counts()) == {208}  # the later network wins where both speak
 
 
+def test_only_what_is_wanted(store: ModelStore, phantom: Phantom) -> None:
+    model, networks, _ = store.get("inference/totalseg", None)
+    image = {"image": phantom.volumes["portal"]}
+    whole, _ = segment(image, model, networks, on_progress=ignore)
+    wanted = sorted(whole.counts())[:2]
+    some, _ = segment(image, model, networks, on_progress=ignore, structures=wanted)
+    assert some.labels == tuple(wanted)
+    assert np.array_equal(some.array, np.where(np.isin(whole.array, wanted), whole.array, 0))
+    with pytest.raises(InvalidParameters, match="205"):
+        segment(image, model, networks, on_progress=ignore, structures=[205])
+    passes: list[int] = []
+    twice = replace_manifest(model, replace_networks(model, [{1: 1}, {2: 2}]))
+    for structures in ([1, 2], [2]):
+        segment(
+            image,
+            twice,
+            networks * 2,
+            on_progress=lambda done, total, _: passes.append(total),
+            structures=structures,
+        )
+    assert passes[-1] * 2 == max(passes)  # the other network was left out
+
+
+def replace_networks(model, labels):  # type: ignore[no-untyped-def]
+    entry = model.manifest.networks[0]
+    return model.manifest.model_copy(update={"networks": tuple(entry.model_copy(update={"labels": own}) for own in labels)})
+
+
 def replace_manifest(model, manifest):  # type: ignore[no-untyped-def]
     return model.model_copy(update={"manifest": manifest})

@@ -1,0 +1,1 @@
+"""The engine beside nnU-Net's own predictor."""

@@ -74,6 +74,10 @@ class Stage:
         del parameters
         return {}
 
+    async def warm(self) -> list[str]:
+        """Return the SHA-256 of the models that this replica holds in memory; a stage without models has none."""
+        return []
+
     def operation(self, component_id: str) -> tuple[Component, Operation]:
         """Return a component and its function; a stage whose components come and go says here which there are.
 

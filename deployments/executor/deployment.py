@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.executor.runner import HeldInputs, Tools
@@ -19,6 +20,8 @@ from scangraph.storage import open_storage
 from scangraph.store import open_store
 
 log = logging.getLogger("scangraph")
+#: How long a stage may take to say what it holds.
+_WARM_SECONDS = 2
 
 
 class Executor:
@@ -75,6 +78,20 @@ class Executor:
         """Look at the queue now."""
         if self._scheduler is not None:
             self._scheduler.wake()
+
+    async def warm(self) -> list[str]:
+        """Return the SHA-256 of the models that are in memory: of each stage, in the replica that answered."""
+
+        async def ask(handle: DeploymentHandle[Any]) -> list[str]:
+            try:
+                async with asyncio.timeout(_WARM_SECONDS):
+                    found: list[str] = await handle.options(method_name="warm").remote()
+            except (TimeoutError, RayError):
+                return []
+            return found
+
+        stages = [handle for name, handle in self._stages.items() if name in {c.deployment for c in self._components.values()}]
+        return [digest for found in await asyncio.gather(*map(ask, stages)) for digest in found]
 
     async def running(self) -> list[str]:
         """Return the executions at work here."""

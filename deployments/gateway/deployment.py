@@ -27,6 +27,8 @@ from scangraph.tokens import Tokens
 
 log = logging.getLogger("scangraph")
 
+#: How long the question which models are warm may take.
+_WARM_SECONDS = 3
 #: How often a replica looks for components that came or went.
 _FOLLOW_SECONDS = 1.0
 
@@ -72,7 +74,7 @@ class Gateway:
             log.warning("the first account is admin; its password is in %s", made)
         offered = tuple(components.values())
         await sync_built_in(store, _pipelines(offered))
-        self._model_folders = settings.model_folders
+        self._model_folders, self._executor = settings.model_folders, executor
         self.services = Services(
             settings=settings,
             store=store,
@@ -116,13 +118,22 @@ class Gateway:
 
         return await asyncio.to_thread(look)
 
+    async def _warm(self) -> set[str]:
+        """Ask which models are in memory; none, as far as anybody can tell, while the executor or a stage is starting."""
+        try:
+            async with asyncio.timeout(_WARM_SECONDS):
+                return set(await self._executor.options(method_name="warm").remote())
+        except (TimeoutError, RayError):
+            return set()
+
     async def models(self) -> dict[str, list[dict[str, Any]]]:
         """List the installed models by component, the one that is used first."""
+        warm = await self._warm()
         listed: dict[str, list[dict[str, Any]]] = {}
         for model in await asyncio.to_thread(installed_models, self._model_folders):
             manifest = model.manifest
             entry = {**model.describe(), "title": manifest.title, "spacing_mm": manifest.spacing_mm, "labels": manifest.labels}
-            entry["names"] = manifest.names
+            entry |= {"names": manifest.names, "warm": model.digest in warm}
             listed.setdefault(manifest.task, []).append(entry)
         return {task: sorted(models, key=lambda m: m["demo"]) for task, models in listed.items()}
 

@@ -48,6 +48,10 @@ class Nnunet(Stage):
         chosen = await asyncio.to_thread(choose_model, self._folders, component_id, parameters.get("model"))
         return {"model": chosen.describe()}
 
+    async def warm(self) -> list[str]:
+        """Return the SHA-256 of the models that this replica holds in memory."""
+        return self._models.held
+
     def _run(self, task: str, inputs: Mapping[str, Any], parameters: SegmentParameters, report: Report) -> StepOutput:
         report(0, 0, "loading the model")
         model, networks, loaded = self._models.get(task, parameters.model)

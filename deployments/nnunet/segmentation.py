@@ -72,6 +72,11 @@ class ModelStore:
         self._loaded.move_to_end(model.digest)
         return model, self._loaded[model.digest], fresh
 
+    @property
+    def held(self) -> list[str]:
+        """SHA-256 of the models in memory, the least recently used first."""
+        return list(self._loaded)
+
     def _load(self, model: Model, index: int) -> Network:
         entry = model.manifest.networks[index]
         folder = read_network_folder(model.folder / entry.folder, entry.folds)

@@ -89,6 +89,9 @@ def test_the_main_job_by_http(client: httpx.Client, storage: Path, phantom: Phan
     assert second["mask_path"] != first.json()["mask_path"]  # results are never overwritten
     masks = [read_nifti((storage / a["mask_path"]).read_bytes(), "m.nii.gz", as_mask=True) for a in (first.json(), second)]
     assert np.array_equal(masks[0].array, masks[1].array)
+    used = client.get("/v1/components/inference/ureter").json()["models"][0]
+    assert (used["sha256"], used["warm"]) == (second["facts"]["model"]["sha256"], True)
+    assert third["facts"]["precision"] == "fast"
     assert masks[0].same_grid(phantom.volumes["delayed"])
     assert any("synthetic phantoms" in w for w in second["warnings"])
     assert second["facts"]["model"]["id"] == "ureter-demo"

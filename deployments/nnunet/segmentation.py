@@ -17,7 +17,7 @@ from deployments.nnunet.predictor import Network, Precision
 from deployments.nnunet.weights import read_network_folder
 from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
 from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, TooLargeForMemory, WrongGrid
-from scangraph.models import Model, choose_model, verify_files
+from scangraph.models import Model, ModelManifest, choose_model, verify_files
 
 #: Below this part of common space two phases cannot be of one region.
 _LEAST_OVERLAP = 0.5
@@ -62,6 +62,13 @@ class ModelStore:
         ModelNotFound, InvalidModel
             If there is none, or it cannot be trusted.
         """
+        try:
+            return self._get(task, model_id)
+        except InvalidModel:
+            # Race: a folder that is exchanged while it is read is of two versions. The second look sees the new one.
+            return self._get(task, model_id)
+
+    def _get(self, task: str, model_id: str | None) -> tuple[Model, list[Network], bool]:
         model = choose_model(self._folders, task, model_id)
         fresh = model.digest not in self._loaded
         if fresh:
@@ -144,9 +151,9 @@ def segment(
             component=manifest.task, detail=f"model {manifest.id} has no structures {unknown}; it has {has}"
         )
     first = inputs[names[0]]
-    warnings = [*model.warnings, *_input_warnings(inputs, names, manifest.task)]
+    warnings = [*model.warnings, *_input_warnings(inputs, manifest)]
     on_progress(0, 0, "preparing")
-    aligned = [first, *(onto_grid(inputs[name], first, name, names[0]) for name in names[1:])]
+    aligned = [first, *(onto_grid(inputs[e.name], first, e.name, names[0], _outside(e.modality)) for e in manifest.inputs[1:])]
     turned = [volume.reoriented(manifest.orientation) for volume in aligned]
 
     merged: NDArray[np.unsignedinteger] | None = None
@@ -190,8 +197,8 @@ def segment(
     return mask, warnings
 
 
-def onto_grid(moving: Volume, fixed: Volume, moving_name: str, fixed_name: str) -> Volume:
-    """Resample a volume onto another one's grid by their geometries (linear; air outside).
+def onto_grid(moving: Volume, fixed: Volume, moving_name: str, fixed_name: str, outside: float = _AIR_HU) -> Volume:
+    """Resample a volume onto another one's grid by their geometries (linear; `outside` where there is nothing).
 
     Raises
     ------
@@ -219,8 +226,12 @@ def onto_grid(moving: Volume, fixed: Volume, moving_name: str, fixed_name: str) 
     resampler.SetOutputOrigin(fixed.origin_mm)
     resampler.SetOutputDirection(tuple(c for row in fixed.direction for c in row))
     resampler.SetInterpolator(sitk.sitkLinear)
-    resampler.SetDefaultPixelValue(_AIR_HU)
+    resampler.SetDefaultPixelValue(outside)
     return fixed.with_array(sitk.GetArrayViewFromImage(resampler.Execute(image)).copy())
+
+
+def _outside(modality: str) -> float:
+    return _AIR_HU if modality == "CT" else 0
 
 
 def _extent(volume: Volume) -> str:
@@ -228,9 +239,10 @@ def _extent(volume: Volume) -> str:
     return " × ".join(f"{a:.0f}…{b:.0f}" for a, b in zip(low, high, strict=True))
 
 
-def _input_warnings(inputs: Mapping[str, Volume], names: Sequence[str], task: str) -> list[str]:
+def _input_warnings(inputs: Mapping[str, Volume], manifest: ModelManifest) -> list[str]:
     """Say which declared limits the inputs break without being refused."""
-    found = []
+    found, task = [], manifest.task
+    names = [entry.name for entry in manifest.inputs]
     first = inputs[names[0]]
     if task == "inference/totalseg" and min(first.spacing_mm) < 1:
         found.append(f"The image is finer than 1 mm ({_spacing(first)} mm); this gives no better result, only a longer wait.")
@@ -241,7 +253,7 @@ def _input_warnings(inputs: Mapping[str, Volume], names: Sequence[str], task: st
             same = inputs[name].shape == inputs[other].shape and np.array_equal(inputs[name].array, inputs[other].array)
             if same:
                 found.append(f"{name} and {other} are the same image; this model was made for two different contrast phases.")
-    for name in names:
+    for name in (entry.name for entry in manifest.inputs if entry.modality == "CT"):
         sample = inputs[name].array[:: max(1, inputs[name].shape[0] // 16)]
         if sample.min() >= 0 or sample.max() < 100:
             found.append(f"{name} does not look like CT in Hounsfield units (values {sample.min():g} to {sample.max():g}).")

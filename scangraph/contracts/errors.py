@@ -325,10 +325,10 @@ class OutOfMemory(TransientError):
     template = "{component} ran out of {device} memory on an image of {shape} voxels. Use a coarser or smaller image."
 
 
-class TooLargeForMemory(FatalError):
-    """A step would need more memory than is free; it was not begun."""
+class TooLargeForMemory(UsageError):
+    """A step would need more memory than is free; it was not begun, and trying again is of no use."""
 
-    code, status, title = "too-large-for-memory", 507, "Not enough memory"
+    code, status, title = "too-large-for-memory", 413, "Too large for the memory"
     template = (
         "{component} needs about {needed_mb} MB of {device} memory for an image of {shape} voxels, and {free_mb} MB are free. "
         "Use a coarser or smaller image, or a larger machine."

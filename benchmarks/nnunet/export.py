@@ -3,7 +3,7 @@
     python -m benchmarks.nnunet.export [--classes 25] [--size 128] [--onto 256]
 
 The same float16 logits for all: blobs as organs have them. Each way in a process of its own; its peak memory is over what the
-logits and the process had before.
+logits and the process had before (ours runs twice, the first time to be compiled, so none shows).
 """
 
 from __future__ import annotations

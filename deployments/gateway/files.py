@@ -43,6 +43,7 @@ from scangraph.store import files as records
 from scangraph.store.database import whole
 from scangraph.store.files import FILES, NewFile
 from scangraph.store.tables import File
+from scangraph.store.views import download_url, file_metadata, file_view
 
 #: What a browser must not do with somebody's upload.
 _INERT = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
@@ -326,33 +327,6 @@ def _sha256_in(header: str | None) -> bytes | None:
 # --- sending ---------------------------------------------------------------------------------------------------------------
 
 
-def file_view(file: File) -> FileView:
-    """Return a file as the interface shows it."""
-    return FileView(**_shown(file))
-
-
-def _shown(file: File) -> dict[str, Any]:
-    return {
-        "id": file.id,
-        "filename": file.filename,
-        "kind": file.kind,
-        "media_type": file.media_type,
-        "size": file.size,
-        "sha256": file.sha256,
-        "path": file.storage_name,
-        "created_at": file.created_at,
-        "expires_at": file.expires_at,
-        "origin": file.origin,
-        "execution_id": file.execution_id,
-        "download_url": download_url(file.id),
-    }
-
-
-def download_url(file_id: str) -> str:
-    """Where a file's content is, relative to the service."""
-    return f"/v1/files/{file_id}"
-
-
 async def own_file(services: Services, principal: Principal, file_id: str) -> File:
     """Return a file that this account may see. One that it may not see is answered like one that is not there.
 
@@ -499,7 +473,7 @@ def file_routes(services: Access) -> APIRouter:
 
     async def metadata(file_id: str, principal: Principal = viewer) -> FileMetadata:
         file = await own_file(services(), principal, file_id)
-        return FileMetadata(**_shown(file), metadata=file.header)
+        return file_metadata(file)
 
     async def delete(file_id: str, principal: Principal = operator) -> Response:
         await own_file(services(), principal, file_id)

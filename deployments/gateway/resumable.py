@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 
 from deployments.gateway import problems
 from deployments.gateway.auth import Principal, requires
-from deployments.gateway.files import discard_unnamed, download_url, inspected, new_file, shown_name
+from deployments.gateway.files import discard_unnamed, inspected, new_file, shown_name
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.errors import (
     ChecksumMismatch,
@@ -42,6 +42,7 @@ from scangraph.store import now
 from scangraph.store.database import whole
 from scangraph.store.files import UPLOADS, NewFile
 from scangraph.store.tables import Upload
+from scangraph.store.views import download_url
 
 VERSION = "1.0.0"
 EXTENSIONS = "creation,creation-with-upload,expiration,termination,checksum"

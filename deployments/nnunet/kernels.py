@@ -28,7 +28,7 @@ def add_tile(  # type: ignore[no-untyped-def]
     tile : float32, (pz, py, px, c)
         As the network gave it, still mirrored along the axes in `flips`.
     gaussian : float32, (pz, py, px)
-        Importance of each voxel of the tile; symmetric, so it needs no mirroring.
+        Importance of each voxel of the tile, as it lies in the volume.
     origin : (z0, y0, x0)
         Of the tile in the volume.
     share : float

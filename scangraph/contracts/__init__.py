@@ -13,7 +13,7 @@ from scangraph.contracts.labels import (
     lookup_table,
     plain_name,
 )
-from scangraph.contracts.scenes import Frame, Scene, Surface
+from scangraph.contracts.scenes import Frame, GlbUnit, Scene, SceneFiles, SceneFormat, Surface
 from scangraph.contracts.volumes import LabelMap, Volume, merge_label_maps
 
 __all__ = [
@@ -22,12 +22,15 @@ __all__ = [
     "WAITING",
     "Component",
     "Frame",
+    "GlbUnit",
     "Label",
     "LabelMap",
     "NoParameters",
     "Port",
     "Progress",
     "Scene",
+    "SceneFiles",
+    "SceneFormat",
     "StepSummary",
     "Surface",
     "Volume",

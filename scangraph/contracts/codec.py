@@ -10,13 +10,14 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts.errors import DamagedResult
-from scangraph.contracts.scenes import Scene, Surface
+from scangraph.contracts.scenes import Scene, SceneFiles, Surface
 from scangraph.contracts.volumes import LabelMap, Volume
 
 _MAGIC = b"scangraph\x00\x01\n"
@@ -88,12 +89,20 @@ def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
         surfaces = []
         for surface in value.surfaces:
             arrays += [surface.vertices_mm, surface.faces]
-            surfaces.append({"name": surface.name, "label": surface.label, "color": surface.color})
-        return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces}
+            entry = {"name": surface.name, "label": surface.label, "color": surface.color}
+            surfaces.append({**entry, **_given(measures=surface.measures, level=surface.level)})
+        files = asdict(value.files) if value.files != SceneFiles() else None
+        more = _given(files=files, facts=value.facts)
+        return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces, **more}
     if isinstance(value, bytes):
         arrays.append(np.frombuffer(value, np.uint8))
         return {"type": "bytes"}
     raise TypeError(f"a {type(value).__name__} is no result of a step")
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Leave out what is empty, so that bytes of values without it stay what they were."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
@@ -101,10 +110,19 @@ def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
         return arrays[0].tobytes()
     if head["type"] == "Scene":
         surfaces = tuple(
-            Surface(entry["name"], entry["label"], tuple(entry["color"]), arrays[2 * n], arrays[2 * n + 1])
+            Surface(
+                entry["name"],
+                entry["label"],
+                tuple(entry["color"]),
+                arrays[2 * n],
+                arrays[2 * n + 1],
+                entry.get("measures", {}),
+                entry.get("level", 0),
+            )
             for n, entry in enumerate(head["surfaces"])
         )
-        return Scene(surfaces, head["frame"], tuple(head["notes"]))
+        files = SceneFiles(**head.get("files", {}))
+        return Scene(surfaces, head["frame"], tuple(head["notes"]), files, head.get("facts", {}))
     x, y, z = (tuple(row) for row in head["direction"])
     geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
     if head["type"] == "LabelMap":

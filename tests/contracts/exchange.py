@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scangraph.contracts import LabelMap, Scene, Surface, Volume
+from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
 
 GEOMETRY = {
     "spacing_mm": (2.5, 0.7, 0.8),
@@ -33,6 +33,17 @@ def examples() -> dict[str, Volume | LabelMap | Scene]:
     corner = Surface("liver", 5, (168, 83, 59), ramp[:12].reshape(4, 3), np.array([(0, 1, 2), (0, 2, 3)]))  # type: ignore[arg-type]
     nothing = Surface("spleen", 1, (1, 2, 3), np.zeros((0, 3), np.float32), np.zeros((0, 3), np.int32))
     made["scene"] = Scene((corner, nothing), "RAS", ("a demonstration",))
+    box = np.array([(0, 1, 2), (9, 10, 11)], np.float32)
+    measures = {
+        "box_mm": box,
+        "genus": np.int64(0),
+        "watertight": np.bool_(True),
+        "area_cm2": np.float32(0.5),
+        "warnings": ("cut",),
+    }
+    coarse = Surface("liver", 5, (168, 83, 59), corner.vertices_mm, corner.faces, measures, np.int8(1))  # type: ignore[arg-type]
+    files = SceneFiles(("glb", "obj"), per_structure=True, zipped=True, glb_unit="mm")
+    made["scene-measured"] = Scene((corner, coarse), files=files, facts={"spacing_mm": np.array([2.5, 0.7, 0.8])})
     return made
 
 
@@ -73,8 +84,10 @@ def assert_equal(again: Volume | Scene, example: Volume | Scene) -> None:
     else:
         assert isinstance(again, Scene)
         assert (again.frame, again.notes) == (example.frame, example.notes)
+        assert (again.files, again.facts) == (example.files, example.facts)
         for one, other in zip(again.surfaces, example.surfaces, strict=True):
             assert (one.name, one.label, one.color) == (other.name, other.label, other.color)
+            assert (one.measures, one.level) == (other.measures, other.level)
             np.testing.assert_array_equal(one.vertices_mm, other.vertices_mm, strict=True)
             np.testing.assert_array_equal(one.faces, other.faces, strict=True)
 

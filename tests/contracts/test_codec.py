@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scangraph.contracts import LabelMap, Scene, Surface, Volume
+from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
 from scangraph.contracts.codec import from_bytes, to_bytes
 from scangraph.contracts.errors import DamagedResult
 
@@ -27,14 +28,27 @@ def volumes(draw: st.DrawFn) -> Volume:
     return Volume(array, (1.5, 0.7, 0.1 + 0.2), (-1e3, 1 / 3, 5.0), TURN)
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=6,
+)
+json_objects = st.dictionaries(st.text(max_size=9), json_values, max_size=3)
+
+
 @st.composite
 def scenes(draw: st.DrawFn) -> Scene:
     surfaces = []
     for number in range(draw(st.integers(0, 4))):
         vertices = draw(hnp.arrays(np.float32, (draw(st.integers(0, 9)), 3), elements=st.floats(-1e3, 1e3, width=32)))
         faces = draw(hnp.arrays(np.int32, (draw(st.integers(0, 9)), 3), elements=st.integers(0, 8)))
-        surfaces.append(Surface(draw(st.text(max_size=20)), number, (number, 2, 255), vertices, faces))
-    return Scene(tuple(surfaces), draw(st.sampled_from(["LPS", "RAS"])), tuple(draw(st.lists(st.text(), max_size=3))))
+        more = draw(json_objects), draw(st.integers(0, 3))
+        surfaces.append(Surface(draw(st.text(max_size=20)), number, (number, 2, 255), vertices, faces, *more))
+    frame: Any = draw(st.sampled_from(["LPS", "RAS"]))
+    notes = tuple(draw(st.lists(st.text(), max_size=3)))
+    formats: Any = draw(st.permutations(["obj", "glb", "stl", "ply"]))[: draw(st.integers(1, 4))]
+    files = SceneFiles(tuple(formats), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["m", "mm"])))
+    return Scene(tuple(surfaces), frame, notes, files, draw(json_objects))
 
 
 def same_array(one: Any, other: Any) -> bool:
@@ -61,14 +75,34 @@ def test_label_maps_keep_their_labels(array: Any, labels: set[int]) -> None:
 
 
 @given(scenes())
-def test_scenes_keep_their_order_names_and_colours(scene: Scene) -> None:
+def test_scenes_keep_all_that_they_say(scene: Scene) -> None:
     again = from_bytes(to_bytes(scene))
     assert isinstance(again, Scene)
     assert (again.frame, again.notes, len(again.surfaces)) == (scene.frame, scene.notes, len(scene.surfaces))
+    assert (again.files, again.facts) == (scene.files, scene.facts)
     for one, other in zip(again.surfaces, scene.surfaces, strict=True):
         assert (one.name, one.label, one.color) == (other.name, other.label, other.color)
+        assert (one.measures, one.level) == (other.measures, other.level)
         assert same_array(one.vertices_mm, other.vertices_mm)
         assert same_array(one.faces, other.faces)
+
+
+def test_scenes_of_older_versions_decode() -> None:
+    """As 0.1.0 wrote it, before scenes said anything about their files."""
+    old = (
+        "c2NhbmdyYXBoAAEKNAEAAAAAAADsAAAANfQZN0+5h1t7mesV95lP7M2ndPqPplTIsw8O/RdXAhF7InR5cGUiOiJTY2VuZSIsImZy"
+        "YW1lIjoiUkFTIiwibm90ZXMiOlsiYSBub3RlIl0sInN1cmZhY2VzIjpbeyJuYW1lIjoia2lkbmV5X2xlZnQiLCJsYWJlbCI6Mywi"
+        "Y29sb3IiOlsxLDIsM119XSwiYXJyYXlzIjpbeyJkdHlwZSI6IjxmNCIsInNoYXBlIjpbNCwzXSwic2l6ZSI6NDgsImRlZmxhdGVk"
+        "IjpmYWxzZX0seyJkdHlwZSI6IjxpNCIsInNoYXBlIjpbMiwzXSwic2l6ZSI6MjQsImRlZmxhdGVkIjpmYWxzZX1dfQAAgD8AAAAA"
+        "AAAAAAAAAAAAAIA/AAAAAAAAAAAAAAAAAACAPwAAAAAAAAAAAAAAAAAAAAACAAAAAQAAAAAAAAABAAAAAwAAAA=="
+    )
+    again = from_bytes(base64.b64decode(old))
+    assert isinstance(again, Scene)
+    (surface,) = again.surfaces
+    assert (again.frame, again.notes, again.files, again.facts) == ("RAS", ("a note",), SceneFiles(), {})
+    assert (surface.name, surface.label, surface.color, surface.measures, surface.level) == ("kidney_left", 3, (1, 2, 3), {}, 0)
+    assert np.array_equal(surface.faces, [[0, 2, 1], [0, 1, 3]])
+    assert to_bytes(again) == base64.b64decode(old)  # what says no more is written as before
 
 
 @given(st.binary())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from scangraph.contracts import Scene, Surface
-from scangraph.contracts.errors import InvalidVolume
+from scangraph.contracts import Scene, SceneFiles, Surface
+from scangraph.contracts.errors import InvalidVolume, UsageError
 from tests.contracts.grids import rotation
 
 
@@ -87,17 +89,56 @@ def test_other_shapes_are_refused(change: dict[str, Any]) -> None:
         surface(**{"vertices": np.zeros((4, 3)), "faces": np.zeros((1, 3)), **change})
 
 
+# --- what is said about them -------------------------------------------------------------------------------------------
+
+
+def test_measures_and_facts_become_plain_values() -> None:
+    said: dict[Any, Any] = {
+        "a": np.float32(0.5),
+        "b": (np.int64(1), np.bool_(True)),
+        "c": {"d": np.zeros(2)},
+        "e": math.nan,
+        5: np.array(-np.inf),
+    }
+    plain = {"a": 0.5, "b": [1, True], "c": {"d": [0.0, 0.0]}, "e": None, "5": None}
+    for value in (surface(np.zeros((0, 3)), np.zeros((0, 3)), measures=said).measures, Scene((), facts=said).facts):
+        assert value == plain
+        assert json.loads(json.dumps(value, allow_nan=False)) == plain
+        assert type(value["b"][1]) is bool
+    for wrong in (object(), b"bytes", {1, 2}):
+        with pytest.raises(InvalidVolume, match="no JSON value"):
+            Scene((), facts={"x": wrong})
+
+
+def test_levels_count_from_zero() -> None:
+    assert surface(np.zeros((0, 3)), np.zeros((0, 3)), level=np.int8(2)).level == 2
+    with pytest.raises(InvalidVolume):
+        surface(np.zeros((0, 3)), np.zeros((0, 3)), level=-1)
+
+
+def test_formats_are_checked_and_obj_goes_first() -> None:
+    assert SceneFiles(("stl", "glb", "obj", "glb")).formats == ("obj", "stl", "glb")
+    refused: list[Any] = [{"formats": ()}, {"formats": ("obj", "fbx")}, {"glb_unit": "inch"}]
+    for wrong in refused:
+        with pytest.raises(UsageError):
+            SceneFiles(**wrong)
+
+
 # --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def test_in_frame_turns_every_surface_and_keeps_the_rest() -> None:
-    scene = Scene((box((10, 20, 30), at=(1, 2, 3)), sphere(5, 8)), "LPS", ("a demonstration",))
+    brick = replace(box((10, 20, 30), at=(1, 2, 3)), measures={"box_mm": [[1, 2, 3], [11, 22, 33]], "genus": 0}, level=1)
+    scene = Scene((brick, sphere(5, 8)), "LPS", ("a demonstration",), SceneFiles(("glb",)), {"source": "a CT"})
     turned = scene.in_frame("RAS")
-    assert (turned.frame, turned.notes) == ("RAS", ("a demonstration",))
+    assert (turned.frame, turned.notes, turned.files, turned.facts) == ("RAS", scene.notes, scene.files, scene.facts)
+    assert turned.surfaces[0].measures == {"box_mm": [[-11, -22, 3], [-1, -2, 33]], "genus": 0}
+    assert_array_equal(turned.surfaces[0].vertices_mm.min(axis=0), turned.surfaces[0].measures["box_mm"][0])
+    assert turned.in_frame("LPS").surfaces[0].measures == brick.measures
     for before, after in zip(scene.surfaces, turned.surfaces, strict=True):
         assert_array_equal(after.vertices_mm, before.vertices_mm * np.array([-1, -1, 1], np.float32))
         assert_array_equal(after.faces, before.faces)
-        assert (after.name, after.label, after.color) == (before.name, before.label, before.color)
+        assert (after.name, after.label, after.color, after.level) == (before.name, before.label, before.color, before.level)
         assert after.volume_ml == pytest.approx(before.volume_ml)  # a rotation, not a mirror: still outward
 
 

@@ -17,8 +17,8 @@ import numpy as np
 import scangraph
 from scangraph.contracts import LabelMap, Progress, Scene, Volume, label_table
 from scangraph.handles import Call, Connection
-from scangraph.obj import write_obj
 from scangraph.phantoms import DEMO_SEED, make_phantom
+from scangraph.scenefiles import save_scene
 
 #: Step name in the report and on the screen -> file of its mask.
 MASKS = ("organs", "vessels", "ureters", "tumor")
@@ -114,8 +114,7 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
         (out / f"{name}.nii.gz").write_bytes(graph.encode(calls[name]))
         on_progress(name, Progress(1, 1, "written"))
     scene: Scene = calls["scene"].result()
-    for path, data in zip((out / "scene.obj", out / "scene.mtl"), write_obj(scene), strict=True):
-        path.write_bytes(data)
+    save_scene(scene, out, "scene")
     on_progress("scene", Progress(1, 1, "written"))
     (out / "preview.png").write_bytes(calls["preview"].result())
     on_progress("preview", Progress(1, 1, "written"))

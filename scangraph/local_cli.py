@@ -226,7 +226,7 @@ def _match_inputs(component: Component, given: list[str]) -> dict[str, list[Path
 
 def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) -> Iterator[Path]:
     """Write what a call gave, named after the component; an existing file is replaced."""
-    from scangraph.obj import write_obj
+    from scangraph.scenefiles import save_scene
 
     stem = component.id.rpartition("/")[2]
     kind = component.outputs[0].kind
@@ -235,11 +235,7 @@ def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) ->
         path.write_bytes(graph.encode(call))
         yield path
     elif kind == "scene":
-        for path, content in zip(
-            (folder / f"{stem}.obj", folder / f"{stem}.mtl"), write_obj(call.result(), f"{stem}.mtl"), strict=True
-        ):
-            path.write_bytes(content)
-            yield path
+        yield from save_scene(call.result(), folder, stem)
     else:
         path = folder / f"{stem}.png"
         path.write_bytes(call.result())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import mmap
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from deployments.imageio.kinds import Kind, kind_of
 from deployments.imageio.nifti import Limits, read_nifti, write_nifti
@@ -18,12 +21,13 @@ from scangraph.contracts.errors import (
     EmptyFile,
     ImageFileError,
     InvalidIntensity,
+    StorageFull,
     StorageUnavailable,
     UnknownLabels,
     UnsupportedMedia,
 )
 from scangraph.models import label_names
-from scangraph.obj import write_obj
+from scangraph.scenefiles import SceneFile, scene_files
 from scangraph.settings import ImageioSettings
 from scangraph.storage import open_storage
 
@@ -150,7 +154,7 @@ class Imageio:
         Parameters
         ----------
         kind : str
-            Of the port it comes from: an image or mask becomes `.nii.gz`, a scene `.obj` and `.mtl`, a picture `.png`.
+            Of the port it comes from: an image or mask becomes `.nii.gz`, a picture `.png`, a scene what its `files` say.
         stem : str
             Name in the storage, without its ending.
 
@@ -159,26 +163,26 @@ class Imageio:
         list of dict
             The main file first: `storage_name`, `filename`, `kind`, `media_type`, `size`, `sha256`, `header`.
         """
-        encoded = await self._in_thread(lambda: _encode(value, kind, Path(stem).name))
-        header = _header(value)
-        return [await self._save(data, ending, file, stem, header) for ending, (file, data) in encoded.items()]
+        planned = await self._in_thread(lambda: _plan(value, kind, Path(stem).name))
+        return [await self._save(file, stem) for file in planned]
 
-    async def _save(self, data: bytes, ending: str, kind: Kind, stem: str, header: dict[str, Any]) -> dict[str, Any]:
-        digest = hashlib.sha256(data).hexdigest()
-        name = await self._write_or_adopt(data, digest, stem, ending)
+    async def _save(self, file: _Planned, stem: str) -> dict[str, Any]:
+        data = await self._in_thread(file.encode)
+        digest = await self._in_thread(lambda: hashlib.sha256(data).hexdigest())
+        name = await self._write_or_adopt(data, digest, stem, file.ending)
         if await self.sha256(name) != digest:
             raise StorageUnavailable(path=name, reason="what was written could not be read back")
         return {
             "storage_name": name,
-            "filename": f"{Path(stem).name}{ending}",
-            "kind": kind.name,
-            "media_type": kind.media_type,
+            "filename": f"{Path(stem).name}{file.ending}",
+            "kind": file.kind.name,
+            "media_type": file.kind.media_type,
             "size": len(data),
             "sha256": digest,
-            "header": header,
+            "header": file.header,
         }
 
-    async def _write_or_adopt(self, data: bytes, digest: str, stem: str, ending: str) -> str:
+    async def _write_or_adopt(self, data: bytes | memoryview, digest: str, stem: str, ending: str) -> str:
         """Race: an executor that died, or is slow, has written it before. Equal bytes are adopted, others get another name."""
         number = 1
         while True:
@@ -217,27 +221,53 @@ class Imageio:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
-_NIFTI = Kind("nifti", "application/gzip")
+class _Planned(NamedTuple):
+    """A file that a result becomes."""
+
+    ending: str
+    kind: Kind
+    header: dict[str, Any]
+    encode: Callable[[], bytes | memoryview]
 
 
-def _encode(value: Volume | Scene | bytes, kind: str, stem: str) -> dict[str, tuple[Kind, bytes]]:
-    """Return ending -> (kind, bytes) of the files of a result, the main one first."""
+def _plan(value: Volume | Scene | bytes, kind: str, stem: str) -> list[_Planned]:
+    """Return the files of a result, the main one first. Each is encoded when its turn comes."""
     if kind == "scene" and isinstance(value, Scene):
-        obj, mtl = write_obj(value, f"{stem}.mtl")
-        return {".obj": (Kind("obj", "model/obj"), bytes(obj)), ".mtl": (Kind("mtl", "model/mtl"), bytes(mtl))}
+        return [
+            _Planned(
+                file.name.removeprefix(stem),
+                Kind(file.kind, file.media_type),
+                _scene_header(value, file),
+                partial(_spool, file),
+            )
+            for file in scene_files(value, stem)
+        ]
     if kind in {"image", "mask"} and isinstance(value, Volume):
-        return {".nii.gz": (_NIFTI, write_nifti(value))}
+        encode = partial(write_nifti, value)
+        return [_Planned(".nii.gz", Kind("nifti", "application/gzip"), _header(value), encode)]
     if kind == "image2d" and isinstance(value, bytes):
-        return {".png": (Kind("png", "image/png"), value)}
+        return [_Planned(".png", Kind("png", "image/png"), {}, lambda: value)]
     raise TypeError(f"a {type(value).__name__} is no {kind}")
 
 
-def _header(value: Volume | Scene | bytes) -> dict[str, Any]:
-    if isinstance(value, Volume):
-        header = {"shape_zyx": list(value.shape), "spacing_mm": list(value.spacing_mm), "origin_mm": list(value.origin_mm)}
-        header |= {"direction": [list(row) for row in value.direction], "dtype": str(value.array.dtype)}
-        readable = ["image", "mask"] if isinstance(value, LabelMap) else ["image"]
-        return {**header, "decoded_bytes": int(value.array.nbytes), "readable_as": readable}
-    if isinstance(value, Scene):
-        return {"frame": value.frame, "unit": "mm", "surfaces": [surface.name for surface in value.surfaces]}
-    return {}
+def _spool(file: SceneFile) -> memoryview:
+    """Write a file into a temporary one and map it: however large it is, only the system's cache holds it."""
+    try:
+        with tempfile.TemporaryFile() as out:
+            file.write(out)
+            out.flush()
+            return memoryview(mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ))
+    except OSError as error:
+        raise StorageFull(path=file.name, reason=f"it could not be written into {tempfile.gettempdir()}: {error}") from error
+
+
+def _header(value: Volume) -> dict[str, Any]:
+    header = {"shape_zyx": list(value.shape), "spacing_mm": list(value.spacing_mm), "origin_mm": list(value.origin_mm)}
+    header |= {"direction": [list(row) for row in value.direction], "dtype": str(value.array.dtype)}
+    readable = ["image", "mask"] if isinstance(value, LabelMap) else ["image"]
+    return {**header, "decoded_bytes": int(value.array.nbytes), "readable_as": readable}
+
+
+def _scene_header(scene: Scene, file: SceneFile) -> dict[str, Any]:
+    unit = {"unit": file.unit, "level": file.level} if file.unit else {}
+    return {"frame": scene.frame, **unit, "surfaces": [structure.surface.name for structure in file.structures]}

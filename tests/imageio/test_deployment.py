@@ -127,7 +127,7 @@ def test_results_are_written_read_back_and_described(imageio: Imageio, storage: 
     for value, kind, endings in (
         (ct(), "image", [".nii.gz"]),
         (mask, "mask", [".nii.gz"]),
-        (scene(), "scene", [".obj", ".mtl"]),
+        (scene(), "scene", [".obj", ".mtl", ".manifest.json"]),
         (PNG, "image2d", [".png"]),
     ):
         saved = asyncio.run(imageio.save(value, kind, f"results/1/{kind}"))

@@ -1,69 +1,56 @@
-"""Scenes as Wavefront OBJ text with materials.
+"""Wavefront OBJ text with materials.
 
 OBJ has no unit and no frame, so both are said in comments; `SPACE=LPS` is 3D Slicer's convention since 2020.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts import Scene
+from scangraph.scenefiles.structures import Sink, Structure, blocks, one_line
 
 #: Decimals of a coordinate: 0.1 µm, what float32 resolves at a metre from the origin.
 _PLACES = 4
-#: Rows formatted at a time: their text stays in the processor's cache, and memory does not grow with the scene.
-_ROWS = 1 << 15
 
 
-def write_obj(scene: Scene, mtl_name: str = "scene.mtl") -> tuple[bytes, bytes]:
-    """Write a scene, one object, group and material per structure.
+def write_obj(out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name: str) -> None:
+    """Write structures as OBJ text, one object, group and material each.
 
     Parameters
     ----------
+    out : file or other taker of bytes
     scene : Scene
-        Surfaces in millimetres; equal scenes give equal bytes.
+        Says frame and notes.
+    structures : sequence of Structure
+        What of it is written; coordinates in mm, to 0.1 µm.
     mtl_name : str
-        File name under which the second part will lie beside the first.
-
-    Returns
-    -------
-    (bytes, bytes)
-        OBJ and MTL text; coordinates to 0.1 µm.
-
-    Raises
-    ------
-    ValueError
-        If a vertex is not finite.
+        Name of the file with the materials, beside this one.
     """
     head = ["scangraph scene", "unit: mm", f"SPACE={scene.frame}", *scene.notes]
-    parts = [*(f"# {_one_line(note)}\n".encode() for note in head), f"mtllib {_one_line(mtl_name)}\n".encode()]
-    materials = ["# scangraph materials\n"]
+    out.write("".join([*(f"# {one_line(note)}\n" for note in head), f"mtllib {one_line(mtl_name)}\n"]).encode())
     first = 1  # OBJ counts vertices from 1 through the whole file
-    for surface in scene.surfaces:
-        if not np.isfinite(surface.vertices_mm).all():
-            raise ValueError(f"{surface.name} has vertices that are not finite")
-        name = "_".join(surface.name.split())  # names end at a space, statements at a line's end
-        red, green, blue = (c / 255 for c in surface.color)
-        materials.append(f"newmtl {name}\nKd {red:.4f} {green:.4f} {blue:.4f}\nKs 0.1000 0.1000 0.1000\nNs 20\nd 1.0\n")
-        parts.append(f"o {name}\ng {name}\nusemtl {name}\n".encode())
-        parts += [
-            _lines("v", np.rint(rows * np.float64(10**_PLACES)).astype(np.int64), _PLACES)
-            for rows in _blocks(surface.vertices_mm)
-        ]
-        parts += [_lines("f", rows.astype(np.int64) + first) for rows in _blocks(surface.faces)]
+    for structure in structures:
+        key, surface = structure.key, structure.surface
+        out.write(f"o {key}\ng {key}\nusemtl {key}\n".encode())
+        for positions in blocks(surface.vertices_mm):
+            out.write(_lines("v", np.rint(positions * np.float64(10**_PLACES)).astype(np.int64), _PLACES))
+        for corners in blocks(surface.faces):
+            out.write(_lines("f", corners.astype(np.int64) + first))
         first += len(surface.vertices_mm)
-    return b"".join(parts), "".join(materials).encode()
 
 
-def _blocks(rows: NDArray[Any]) -> list[NDArray[Any]]:
-    return [rows[start : start + _ROWS] for start in range(0, len(rows), _ROWS)]
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def write_mtl(out: Sink, structures: Sequence[Structure]) -> None:
+    """Write the materials of structures, those of one name once."""
+    materials: dict[str, str] = {}
+    for structure in structures:
+        red, green, blue = (c / 255 for c in structure.surface.color)
+        color = f"Kd {red:.4f} {green:.4f} {blue:.4f}"
+        materials.setdefault(structure.key, f"newmtl {structure.key}\n{color}\nKs 0.1000 0.1000 0.1000\nNs 20\nd 1.0\n")
+    out.write("".join(["# scangraph materials\n", *materials.values()]).encode())
 
 
 def _lines(letter: str, whole: NDArray[np.int64], places: int = 0) -> bytes:

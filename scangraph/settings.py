@@ -53,6 +53,8 @@ class NnunetSettings(StageSettings):
 class SmoothingSettings(StageSettings):
     """The surface stage."""
 
+    threads: int = Field(0, ge=0, description="structures that one scene works on at once, 0 for one on every core of the node")
+
 
 class PostprocessSettings(StageSettings):
     """The mask stage."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from scangraph.contracts import Component, Frame, Port
@@ -12,9 +14,30 @@ class SmoothParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    structures: tuple[int, ...] | None = Field(None, description="label numbers to take; unset: all that occur")
-    smoothing: float = Field(1.0, ge=0.0, le=1.0, description="0 leaves the voxels' steps, 1 smooths fully")
+    structures: tuple[int, ...] | None = Field(
+        None, min_length=1, max_length=255, description="label numbers to take; unset: all that occur"
+    )
+    smoothing: float = Field(
+        1.0, ge=0.0, le=2.0, description="0 leaves the voxels' steps, 1 takes them away, 2 also what is smaller than 15 mm"
+    )
+    error_mm: float = Field(
+        0.05, ge=0.0, le=5.0, description="how far fewer triangles may move a surface (root mean square); 0 leaves all of them"
+    )
+    triangles: int | None = Field(
+        None, ge=100, description="triangles wanted of all structures together; then error_mm does not count"
+    )
+    joint: bool = Field(False, description="touching structures share their boundary; unset, each is smoothed by itself")
+    gap_mm: float = Field(0.0, ge=0.0, le=2.0, description="space between touching structures, with joint; 0: none")
+    min_volume_mm3: float = Field(0.0, ge=0.0, description="smaller pieces are left out; 0: all stay, as vessels' pieces must")
+    levels: int = Field(1, ge=1, le=4, description="levels of detail; each coarser one has a quarter of the triangles")
+    formats: tuple[Literal["obj", "glb", "stl", "ply"], ...] = Field(
+        ("obj",), min_length=1, description="files that are written, beside the manifest"
+    )
+    per_structure: bool = Field(False, description="one file for each structure instead of one with all")
+    zipped: bool = Field(False, description="all files in one .zip")
+    glb_unit: Literal["m", "mm"] = Field("m", description="of GLB files; glTF wants metres")
     frame: Frame = Field("LPS", description="LPS (DICOM, ITK, 3D Slicer) or RAS (NIfTI viewers)")
+    strict: bool = Field(False, description="a surface outside the tolerances is an error instead of a warning")
 
 
 class PreviewParameters(BaseModel):
@@ -27,14 +50,17 @@ class PreviewParameters(BaseModel):
 
 BASE = Component(
     id="smoothing/base",
-    version="1.0.0",
+    version="2.0.0",
     title="Smoothed scene",
     description="Turns a mask into closed, smoothed surfaces in millimetres, one group and material per structure.",
     deployment="smoothing",
     inputs=(Port(name="mask", kind="mask", description="labels of the table"),),
     outputs=(Port(name="scene", kind="scene", description="surfaces in millimetres"),),
     parameters=SmoothParameters,
-    constraints=("Structures are smoothed one by one: touching ones may part by a tenth of a millimetre.",),
+    constraints=(
+        "Up to 255 structures.",
+        "Unless joint, structures are smoothed one by one: touching ones may part by a tenth of a millimetre.",
+    ),
 )
 PREVIEW = Component(
     id="smoothing/preview",

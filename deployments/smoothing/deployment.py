@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from deployments.smoothing.components import BASE, PREVIEW, PreviewParameters, SmoothParameters
+from scangraph.contracts import SceneFiles
+from scangraph.settings import SmoothingSettings
 from scangraph.stage import Report, Stage, StepOutput
 
 
 class Smoothing(Stage):
     """Masks to surfaces, and pictures of them."""
 
-    def __init__(self) -> None:
-        from deployments.smoothing import preview, surfaces
+    def __init__(self, settings: SmoothingSettings) -> None:
+        from deployments.smoothing import preview, surfaces, warming
 
         self._surfaces, self._preview = surfaces, preview
+        self._threads = settings.threads or len(os.sched_getaffinity(0))
         super().__init__({BASE: self._smooth, PREVIEW: self._draw})
+        # The first request need not wait for the compiler, nor the start for it.
+        threading.Thread(target=warming.compile_kernels, name="compile", daemon=True).start()
 
     def _smooth(self, inputs: Mapping[str, Any], parameters: SmoothParameters, report: Report) -> StepOutput:
-        scene, warnings = self._surfaces.label_map_to_scene(
-            inputs["mask"],
-            structures=parameters.structures,
-            smoothing=parameters.smoothing,
-            frame=parameters.frame,
-            on_progress=report,
-        )
-        facts = {"structures": len(scene.surfaces), "triangles": sum(len(s.faces) for s in scene.surfaces)}
+        files = SceneFiles(parameters.formats, parameters.per_structure, parameters.zipped, parameters.glb_unit)
+        chosen = parameters.model_dump(exclude={"formats", "per_structure", "zipped", "glb_unit"})
+        options = self._surfaces.Options(**chosen, files=files, workers=self._threads)
+        scene, warnings = self._surfaces.label_map_to_scene(inputs["mask"], options, report)
+        finest = [surface for surface in scene.surfaces if surface.level == 0]
+        facts = {"structures": len(finest), "triangles": sum(len(surface.faces) for surface in finest)}
         return StepOutput((scene,), tuple(warnings), facts)
 
     def _draw(self, inputs: Mapping[str, Any], parameters: PreviewParameters, report: Report) -> StepOutput:

@@ -1,60 +1,124 @@
 """From a label map to smoothed, closed surfaces in millimetres.
 
-The recipe, measured against its alternatives on analytic shapes: marching cubes of all labels in one pass (zmesh), windowed-
-sinc smoothing (Taubin, Zhang & Golub 1996, as in VTK), then *local compensation*: what smoothing took along the normal is
-averaged over the neighbourhood and given back, so that thin vessels keep their volume without the voxels' staircase. What
-marching cubes itself took (it cuts every convex edge of a voxel) comes back by moving the whole surface outward until it
-encloses the voxels' volume: some 0.02 mm on a tube of 5 mm radius, 0.05 mm at 1.2 mm.
+The recipe: surface nets of all labels in one pass (`nets`), smoothing that gives back to each neighbourhood the volume that it
+takes (`fairing`), fewer triangles within a given error (`decimation`), and at last each piece moved by some hundredths of a
+millimetre until it encloses exactly its voxels' volume. Touching structures share their boundary on request (`touching`).
 Everything happens in index × spacing millimetres; direction and origin are applied last, so that an oblique grid costs nothing.
-
-Every surface comes out as a closed 2-manifold, where voxels touch by an edge or a corner, too; it is counted for each. What is
-left: touching structures are smoothed one by one and part by a tenth of a millimetre; pieces of a voxel or two stay the
-octahedra that they are; nobody looks whether a surface crosses itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from threading import Event
+from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
-import zmesh
 from numpy.typing import NDArray
-from vtkmodules.util.numpy_support import numpy_to_vtk, numpy_to_vtkIdTypeArray, vtk_to_numpy
-from vtkmodules.vtkCommonCore import vtkPoints
-from vtkmodules.vtkCommonDataModel import vtkCellArray, vtkPolyData
-from vtkmodules.vtkFiltersCore import vtkWindowedSincPolyDataFilter
+from scipy import ndimage
 
-from scangraph.contracts import Frame, LabelMap, Scene, Surface, label_table
+from deployments.smoothing import touching
+from deployments.smoothing.decimation import decimate, split_quads
+from deployments.smoothing.fairing import connected_pieces, fair, move, restore_volumes, vertex_normals, volumes
+from deployments.smoothing.measuring import distances_to_boundary, genus, open_edges, sample, triangle_areas
+from deployments.smoothing.nets import Nets, extract
+from scangraph.contracts import Frame, LabelMap, Scene, SceneFiles, Surface, label_of
+from scangraph.contracts.errors import InvalidParameters, TooLargeForMemory
+from scangraph.memory import free_memory
 
-#: Windowed-sinc passes and pass band at full strength.
-_ITERATIONS, _PASS_BAND = 30, 0.01
-#: Averagings of the loss before it is given back: wide enough to leave the staircase out, local enough to know the radius.
-_AVERAGINGS = 30
-#: Pieces with fewer vertices are not smoothed.
-_LEAST_VERTICES = 40
-#: Farthest that a surface is moved for its volume's sake, in parts of the finest spacing: noise of single voxels, whose
-#: octahedra have a sixth of their volume, must not blow up what lies between.
+#: Farthest that a piece is moved for its volume's sake, in parts of the finest spacing.
 _FARTHEST_OFFSET = 0.25
-#: Difference of surface and voxel volume (parts of one) from which a structure carries a warning.
-_VOLUME_TOLERANCE = 0.05
+#: A surface's volume may differ from its voxels' by this part, and its 95th percentile of distances be this many of the widest
+#: spacing, without a warning.
+_VOLUME_TOLERANCE, _DISTANCE_TOLERANCE = 0.05, 1.0
+#: Bytes for each vertex, at the peak: the net with its links and faces, and what the largest structure's decimation needs.
+_BYTES_A_VERTEX = 320
+_RESERVE = 256 * 2**20
+#: Labels that one pass can tell apart.
+_MOST_LABELS = 255
+#: Each coarser level of detail has a quarter of the triangles, but no surface fewer than this.
+_LEVEL_PART, _LEAST_TRIANGLES = 4, 200
+#: Voxels that touch by a face or an edge are one piece, as their surfaces are.
+_CONNECTED = ndimage.generate_binary_structure(3, 2)
 #: The frame is not among them: a scene says it itself, and can be turned.
 _NOTES = ("Research use only. Not a medical device.", "Coordinates are in millimetres.")
+_COMPONENT = "smoothing/base"
+#: Options that a scene names among its facts.
+_NAMED = ("smoothing", "error_mm", "triangles", "joint", "gap_mm", "min_volume_mm3", "levels")
 
 OnProgress = Callable[[int, int, str], None]
-Vertices = NDArray[np.float64]
-Faces = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Faces = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of surfaces are wanted.
+
+    Parameters
+    ----------
+    structures : tuple of int, optional
+        Label numbers to take; by default all that occur.
+    smoothing : float
+        0 leaves the voxels' steps (rounded), 1 smooths, up to 2.
+    error_mm : float
+        How far decimation may move a surface, as a root mean square; 0 leaves all triangles.
+    triangles : int, optional
+        Wanted of all structures together; then `error_mm` does not count.
+    joint : bool
+        Whether touching structures share their boundary.
+    gap_mm : float
+        Space between touching structures, with `joint`; 0 for none.
+    min_volume_mm3 : float
+        Smaller pieces are left out; 0 for none.
+    levels : int
+        Of detail; each coarser one has a quarter of the triangles.
+    frame : "LPS" or "RAS"
+        World frame of the vertices.
+    strict : bool
+        Whether a surface outside the tolerances is an error rather than a warning.
+    files : SceneFiles
+        What the scene becomes when it is saved.
+    workers : int
+        Structures that are worked on at the same time.
+    """
+
+    structures: tuple[int, ...] | None = None
+    smoothing: float = 1.0
+    error_mm: float = 0.05
+    triangles: int | None = None
+    joint: bool = False
+    gap_mm: float = 0.0
+    min_volume_mm3: float = 0.0
+    levels: int = 1
+    frame: Frame = "LPS"
+    strict: bool = False
+    files: SceneFiles = field(default=SceneFiles())
+    workers: int = 1
+
+
+class _Mesh(NamedTuple):
+    """One label's surface: vertices in mm from the first voxel's centre, (x, y, z), and triangles."""
+
+    places: Floats
+    triangles: Faces
+
+
+class _Net(NamedTuple):
+    """One label's net, in mm from its own corner of the array, where single precision has digits to spare."""
+
+    number: int
+    origin_mm: NDArray[np.float64]
+    places: Floats
+    corners: Floats
+    links: tuple[NDArray[np.int32], NDArray[np.int32]]
+    quads: Faces
+    triangles: Faces
 
 
 def label_map_to_scene(
-    mask: LabelMap,
-    *,
-    structures: Sequence[int] | None = None,
-    smoothing: float = 1.0,
-    frame: Frame = "LPS",
-    on_progress: OnProgress | None = None,
+    mask: LabelMap, options: Options | None = None, on_progress: OnProgress | None = None
 ) -> tuple[Scene, list[str]]:
     """Make a surface of every structure.
 
@@ -62,219 +126,383 @@ def label_map_to_scene(
     ----------
     mask : LabelMap
         Any orientation and spacing.
-    structures : sequence of int, optional
-        Label numbers to take; by default all that occur.
-    smoothing : float
-        From 0 (marching cubes as it is) to 1.
-    frame : "LPS" or "RAS"
-        World frame of the vertices.
+    options : Options, optional
+        What kind of surfaces.
     on_progress : callable, optional
-        Called as `on_progress(done, total, name)`; may raise to stop.
+        Called as `on_progress(done, total, name)` after each structure; may raise to stop.
 
     Returns
     -------
     (Scene, list of str)
-        Closed, outward-oriented surfaces in the order of their labels, no piece left out; and warnings: structures that do not
-        occur, are cut by the scan's edge, are not watertight, or enclose another volume than their voxels.
+        Closed, outward-oriented surfaces in the order of their labels, each with its measures; and warnings: structures that
+        do not occur, pieces left out, what is cut by the scan's edge, what is outside the tolerances.
 
     Raises
     ------
-    ValueError
-        If `smoothing` is not within 0 and 1.
+    TooLargeForMemory
+        Before the memory is taken.
+    InvalidParameters
+        If there are more than 255 structures, or with `strict` a surface is outside the tolerances.
     """
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"smoothing must be within 0 and 1, got {smoothing}")
-    counts = mask.counts()
-    wanted = list(counts) if structures is None else sorted(set(structures))
-    warnings = [
-        f"{mask.label(number).name} was asked for but does not occur in the mask." for number in wanted if number not in counts
-    ]
-    wanted = [number for number in wanted if number in counts]
-    if not wanted:
-        return Scene((), frame, _NOTES), warnings or ["The mask is empty, and so is the scene."]
-
-    cropped, offset = _crop(mask.array, None if len(wanted) == len(counts) else wanted)
-    at_edge = _labels_at_edge(mask.array)
-    if cut := [mask.label(number).name for number in wanted if number in at_edge]:
+    options = options or Options()
+    array, numbers = _compact(mask, options.structures)
+    warnings: list[str] = []
+    if options.min_volume_mm3 > 0:
+        array, left_out = _without_small_pieces(mask, array, numbers, options.min_volume_mm3)
+        warnings += left_out
+    table = None
+    if options.structures is not None or len(numbers) < int(array.max(initial=0)):
+        table = np.zeros(256, np.uint8)
+        table[list(numbers)] = list(numbers)
+    nets = extract(array, table, lambda vertices: _check_memory(vertices, mask))
+    present = {compact: number for compact, number in numbers.items() if nets.voxels[compact]}
+    if options.structures is not None:
+        missing = sorted(set(options.structures) - set(present.values()))
+        warnings += [f"{mask.label(number).name} was asked for but does not occur in the mask." for number in missing]
+    if not present:
+        return Scene((), options.frame, _NOTES, options.files), warnings or ["The mask is empty, and so is the scene."]
+    at_edge = _labels_at_edge(array)
+    if cut := [
+        mask.label(number).name for compact, number in sorted(present.items(), key=lambda i: i[1]) if compact in at_edge
+    ]:
         warnings.append(f"Cut by the edge of the scan, and closed flat there: {', '.join(cut)}.")
-    mesher = zmesh.Mesher(mask.spacing_mm)
-    mesher.mesh(cropped, close=True)
+
+    spacing = np.asarray(mask.spacing_mm, np.float64)[::-1]
+    work = _Work(mask, array, nets, spacing, options, at_edge)
+    names = {compact: mask.label(number).name for compact, number in present.items()}
+    made = _joined(work, names, on_progress) if options.joint else _each(work, names, on_progress)
     surfaces = []
-    for done, number in enumerate(wanted):
-        name = mask.label(number).name
-        if on_progress:
-            on_progress(done, len(wanted), name)
-        mesh = mesher.get(number, normals=False, reduction_factor=0)
-        mesher.erase(number)
-        # Closed meshes are made on a grid padded by one voxel, and count from its first voxel's centre.
-        vertices = np.asarray(mesh.vertices, np.float64) + (offset - 1) * np.asarray(mask.spacing_mm)
-        faces = np.asarray(mesh.faces, np.int64)
-        voxel_mm3 = counts[number] * mask.voxel_volume_mm3
-        if smoothing > 0:
-            vertices = smooth_surface(vertices, faces, smoothing)
-            vertices = restore_volume(vertices, faces, voxel_mm3, _FARTHEST_OFFSET * min(mask.spacing_mm))
-        surface = _in_world(mask, number, vertices, faces)
-        warnings += _look_at(surface, voxel_mm3 / 1000)
-        surfaces.append(surface)
-    if on_progress:
-        on_progress(len(wanted), len(wanted), "")
-    codes = tuple(
-        f"{s.name}: label {s.label}, SNOMED CT {label_table()[s.label].snomed_code}"
-        for s in surfaces
-        if s.label in label_table()
-    )
-    return Scene(tuple(surfaces), "LPS", (*_NOTES, *codes)).in_frame(frame), warnings
-
-
-def smooth_surface(vertices: Vertices, faces: Faces, strength: float = 1.0) -> Vertices:
-    """Smooth a closed surface and give back, locally, the volume that smoothing took.
-
-    Parameters
-    ----------
-    vertices : ndarray, shape (V, 3)
-        Millimetres, any frame.
-    faces : ndarray, shape (F, 3)
-        Triangles, consistently oriented.
-    strength : float
-        Above 0 up to 1; moves the filter's pass band from everything to 1 %.
-
-    Returns
-    -------
-    ndarray, shape (V, 3)
-        New positions; the faces stay.
-    """
-    smoothed = _windowed_sinc(vertices, faces, _PASS_BAND**strength)
-    adjacency = _adjacency(len(vertices), faces)
-    # A piece of a voxel or two would shrink to a point, or turn inside out: it stays as it is.
-    piece = scipy.sparse.csgraph.connected_components(adjacency, directed=False)[1]
-    tiny = np.bincount(piece)[piece] < _LEAST_VERTICES
-    smoothed[tiny] = vertices[tiny]
-    averaging = scipy.sparse.diags(1 / np.asarray(adjacency.sum(axis=1)).ravel()) @ adjacency
-    normals = vertex_normals(smoothed, faces)
-    loss = np.einsum("ij,ij->i", vertices - smoothed, normals)
-    for _ in range(_AVERAGINGS):
-        loss = averaging @ loss
-    return np.asarray(smoothed + loss[:, None] * normals)
-
-
-def restore_volume(vertices: Vertices, faces: Faces, volume_mm3: float, farthest_mm: float) -> Vertices:
-    """Move a closed surface along its normals until it encloses a volume.
-
-    Parameters
-    ----------
-    vertices : ndarray, shape (V, 3)
-        Millimetres.
-    faces : ndarray, shape (F, 3)
-        Triangles, counter-clockwise seen from outside.
-    volume_mm3 : float
-        What it should enclose.
-    farthest_mm : float
-        Not farther than this, in all.
-
-    Returns
-    -------
-    ndarray, shape (V, 3)
-        New positions.
-    """
-    normals, moved = vertex_normals(vertices, faces), 0.0
-    for _ in range(2):  # Newton: a volume grows by its area; the second step makes up for the curvature
-        areas = _doubled_areas(vertices + moved * normals, faces)
-        # Corner and area vector of a triangle span six times its share of the volume, about a centre that keeps digits.
-        corners = (vertices + moved * normals - vertices.mean(axis=0))[faces[:, 0]]
-        missing = volume_mm3 - float(np.einsum("ij,ij->", corners, areas)) / 6
-        area = float(np.linalg.norm(areas, axis=1).sum()) / 2
-        moved = float(np.clip(moved + missing / area, -farthest_mm, farthest_mm)) if area > 0 else moved
-    return np.asarray(vertices + moved * normals)
-
-
-def vertex_normals(vertices: Vertices, faces: Faces) -> Vertices:
-    """Area-weighted unit normals of the vertices, shape (V, 3); zero where a vertex has no area."""
-    areas, normals = _doubled_areas(vertices, faces), np.empty_like(vertices)
-    for axis in range(3):
-        normals[:, axis] = np.bincount(faces.ravel(), np.repeat(areas[:, axis], 3), len(vertices))
-    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
-    return np.asarray(normals / np.where(lengths > 0, lengths, 1))
-
-
-def open_edges(faces: NDArray[Any]) -> int:
-    """Count the edges that do not join exactly two triangles in opposite directions; 0 for a watertight, oriented surface."""
-    if not len(faces):
-        return 0
-    directed = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]).astype(np.int64)
-    size = int(faces.max()) + 1
-    forward, backward = (np.sort(directed[:, i] * size + directed[:, 1 - i]) for i in (0, 1))
-    doubled = int(np.count_nonzero(forward[1:] == forward[:-1]))
-    return doubled + int(np.count_nonzero(~np.isin(forward, backward, assume_unique=doubled == 0)))
-
-
-def _windowed_sinc(vertices: Vertices, faces: Faces, pass_band: float) -> Vertices:
-    points = vtkPoints()
-    points.SetData(numpy_to_vtk(np.ascontiguousarray(vertices), deep=True))
-    cells = vtkCellArray()
-    cells.SetData(3, numpy_to_vtkIdTypeArray(np.ascontiguousarray(faces, np.int64).ravel(), deep=True))
-    data = vtkPolyData()
-    data.SetPoints(points)
-    data.SetPolys(cells)
-    sinc = vtkWindowedSincPolyDataFilter()
-    sinc.SetInputData(data)
-    sinc.SetNumberOfIterations(_ITERATIONS)
-    sinc.SetPassBand(pass_band)
-    sinc.NormalizeCoordinatesOn()
-    sinc.NonManifoldSmoothingOn()
-    sinc.BoundarySmoothingOff()
-    sinc.FeatureEdgeSmoothingOff()
-    sinc.Update()
-    return np.asarray(vtk_to_numpy(sinc.GetOutput().GetPoints().GetData()), np.float64).copy()
-
-
-def _doubled_areas(vertices: Vertices, faces: Faces) -> Vertices:
-    """Vectors along the triangles' normals, twice as long as their areas, shape (F, 3)."""
-    a, b, c = (vertices[faces[:, k]] for k in range(3))
-    return np.asarray(np.cross(b - a, c - a))
-
-
-def _adjacency(count: int, faces: Faces) -> Any:
-    """Sparse matrix with a 1 for every vertex and each of its neighbours, itself included."""
-    start, end = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
-    every = np.arange(count)
-    rows, columns = np.concatenate([start, end, every]), np.concatenate([end, start, every])
-    adjacency = scipy.sparse.csr_matrix((np.ones(rows.size), (rows, columns)), shape=(count, count))
-    adjacency.data[:] = 1.0  # an edge has two triangles and would count twice
-    return adjacency
-
-
-def _crop(array: NDArray[Any], wanted: Sequence[int] | None) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Cut the box of the wanted labels (None: of all) out, others set to 0; return it with its first index."""
-    chosen = array if wanted is None else np.where(np.isin(array, wanted), array, 0)
-    box = []
-    for axis in range(3):
-        occupied = np.flatnonzero(chosen.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return np.ascontiguousarray(chosen[tuple(box)]), np.array([b.start for b in box])
-
-
-def _in_world(mask: LabelMap, number: int, vertices_zyx: Vertices, faces: Faces) -> Surface:
-    """Apply direction and origin, and turn the faces outward where that mirrors them."""
-    world = vertices_zyx @ np.asarray(mask.direction).T[::-1] + np.asarray(mask.origin_mm)
-    # Reversing the axes mirrors once; a left-handed direction mirrors again.
-    if np.linalg.det(np.asarray(mask.direction)) > 0:
-        faces = faces[:, ::-1]
-    label = mask.label(number)
-    return Surface(label.name, number, label.color, world.astype(np.float32), faces.astype(np.int32))
-
-
-def _look_at(surface: Surface, voxel_ml: float) -> list[str]:
-    found = []
-    if broken := open_edges(surface.faces):
-        found.append(f"{surface.name} is not a watertight manifold: {broken} edges where pieces touch.")
-    difference = surface.volume_ml / voxel_ml - 1
-    if abs(difference) > _VOLUME_TOLERANCE:
-        found.append(
-            f"{surface.name}: the surface has {surface.volume_ml:.2f} mL, the mask {voxel_ml:.2f} mL ({difference:+.0%})."
+    for compact, number in sorted(present.items(), key=lambda item: item[1]):
+        for level, (mesh, measures) in enumerate(made[compact]):
+            label = mask.label(number)
+            measures["warnings"] = _outside_tolerances(measures, mask.spacing_mm)
+            if level == 0:
+                warnings += [f"{label.name}: {text}" for text in measures["warnings"]]
+            surfaces.append(_in_world(mask, number, mesh, measures, level))
+    if options.strict and (bad := [s.name for s in surfaces if s.level == 0 and s.measures["warnings"]]):
+        raise InvalidParameters(
+            component=_COMPONENT,
+            detail=f"outside the tolerances, and `strict` was asked for: {', '.join(bad)}. {' '.join(warnings)}",
         )
+    facts = {
+        "source": {
+            "shape_zyx": mask.shape,
+            "spacing_mm_zyx": mask.spacing_mm,
+            "origin_mm": mask.origin_mm,
+            "direction": mask.direction,
+        },
+        "parameters": {name: getattr(options, name) for name in _NAMED},
+    }
+    codes = (label_of(s.label, mask.names) for s in surfaces if s.level == 0)
+    notes = (*_NOTES, *(f"{c.name}: label {c.number}, SNOMED CT {c.snomed_code}" for c in codes if c.snomed_code))
+    return Scene(tuple(surfaces), "LPS", notes, options.files, facts).in_frame(options.frame), warnings
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all structures have in common."""
+
+    mask: LabelMap
+    array: NDArray[np.uint8]
+    nets: Nets
+    spacing: NDArray[np.float64]
+    options: Options
+    at_edge: set[int]
+
+    def net(self, number: int) -> _Net:
+        nets = self.nets
+        own, quads, triangles = (
+            slice(int(start[number]), int(start[number + 1]))
+            for start in (nets.vertex_start, nets.quad_start, nets.triangle_start)
+        )
+        corner = np.floor(nets.corners[own].min(axis=0)).astype(np.float32)
+        first, last = int(nets.link_start[own.start]), int(nets.link_start[own.stop])
+        start = (nets.link_start[own.start : own.stop + 1] - first).astype(np.int32)
+        scale = self.spacing.astype(np.float32)
+        return _Net(
+            number,
+            corner.astype(np.float64) * self.spacing,
+            (nets.places[own] - corner) * scale,
+            (nets.corners[own] - corner) * scale,
+            (start, nets.links[first:last]),
+            nets.quads[quads],
+            nets.triangles[triangles],
+        )
+
+    def faired(self, net: _Net) -> Floats:
+        if self.options.smoothing <= 0:
+            return net.places
+        return fair(net.places, net.corners, net.links, (net.quads, net.triangles), self.options.smoothing)
+
+    def part_of(self, triangles: int) -> float:
+        """Return the part of the triangles that are wanted, where a number is wanted; 0 else."""
+        wanted = self.options.triangles
+        return 0.0 if wanted is None else min(1.0, wanted / max(1, triangles))
+
+    @property
+    def farthest_mm(self) -> float:
+        return _FARTHEST_OFFSET * float(self.spacing.min())
+
+    @property
+    def all_triangles(self) -> int:
+        return 2 * len(self.nets.quads) + len(self.nets.triangles)
+
+    def measured(self, number: int, mesh: _Mesh, pieces: int) -> dict[str, Any]:
+        """Take a surface's measures; the box is in the mask's world."""
+        vertices, triangles = mesh
+        nothing, one = np.empty((0, 4), np.int32), np.zeros(len(vertices), np.int32)
+        voxel_mm3 = float(self.nets.voxels[number]) * self.mask.voxel_volume_mm3
+        points = sample(vertices, triangles) / self.spacing
+        distances = distances_to_boundary(points, self.array, number, self.mask.spacing_mm)
+        return {
+            "voxel_volume_ml": voxel_mm3 / 1000,
+            "mesh_volume_ml": float(volumes(vertices, nothing, triangles, one, 1)[0]) / 1000,
+            "area_cm2": float(triangle_areas(vertices, triangles).sum()) / 100,
+            "vertices": len(vertices),
+            "triangles": len(triangles),
+            "watertight": open_edges(triangles) == 0,
+            "components": pieces,
+            "genus": genus(len(vertices), len(triangles), pieces),
+            "distance_mm": {
+                "mean": float(distances.mean()),
+                "p95": float(np.percentile(distances, 95)),
+                "max": float(distances.max()),
+            },
+            "touches_edge": number in self.at_edge,
+        }
+
+
+Levels = list[tuple[_Mesh, dict[str, Any]]]
+
+
+def _each(work: _Work, names: dict[int, str], on_progress: OnProgress | None) -> dict[int, Levels]:
+    """Make every structure by itself, the largest first."""
+    by_size = sorted(names, key=lambda n: work.nets.vertex_start[n] - work.nets.vertex_start[n + 1])
+    return dict(_parallel(by_size, lambda number: _alone(work, number), names, work.options.workers, on_progress))
+
+
+def _alone(work: _Work, number: int) -> Levels:
+    net, options = work.net(number), work.options
+    places = work.faired(net)
+    triangles = np.concatenate([split_quads(places, net.quads), net.triangles])
+    pieces, sizes = connected_pieces(*net.links)
+    wanted = volumes(net.corners, net.quads, net.triangles, pieces, len(sizes))
+    part, made = work.part_of(work.all_triangles), []
+    for level in range(options.levels):
+        if level > 0:
+            places, triangles, _, kept = decimate(
+                places, triangles, target=max(_LEAST_TRIANGLES, len(triangles) // _LEVEL_PART)
+            )
+        elif options.triangles is not None:
+            places, triangles, _, kept = decimate(places, triangles, target=max(_LEAST_TRIANGLES, round(part * len(triangles))))
+        else:
+            places, triangles, _, kept = decimate(places, triangles, error_mm=options.error_mm)
+        pieces = pieces[kept]
+        places = restore_volumes(places, triangles, pieces, sizes, wanted, work.farthest_mm)
+        mesh = _Mesh((places.astype(np.float64) + net.origin_mm).astype(np.float32), triangles)
+        made.append((mesh, work.measured(number, mesh, len(sizes))))
+    return made
+
+
+def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) -> dict[int, Levels]:
+    """Make all structures, those that touch with one boundary between them."""
+    nets, options = work.nets, work.options
+    shared = touching.shared_vertices(nets)
+    ranges = {number: slice(int(nets.vertex_start[number]), int(nets.vertex_start[number + 1])) for number in names}
+    together = [number for number in names if shared.touches[ranges[number]].any()]
+    alone = {number: name for number, name in names.items() if number not in together}
+    made = _each(work, alone, on_progress) if alone else {}
+    if not together:
+        return made
+    places, pieces = np.empty_like(nets.places), {}
+    for number in together:
+        net = work.net(number)
+        own = work.faired(net)
+        piece, sizes = connected_pieces(*net.links)
+        wanted = volumes(net.corners, net.quads, net.triangles, piece, len(sizes))
+        triangles = np.concatenate([split_quads(own, net.quads), net.triangles])
+        own = restore_volumes(own, triangles, piece, sizes, wanted, work.farthest_mm)
+        places[ranges[number]] = (own + net.origin_mm).astype(np.float32)
+        pieces[number] = len(sizes)
+    common = touching.common_places(places, shared)
+    triangles_of: dict[int, Faces] = {}
+    for number in together:
+        net, where = work.net(number), ranges[number]
+        movement = common[where] - places[where]
+        if options.gap_mm > 0:
+            normals = vertex_normals(common[where], net.quads, net.triangles)
+            movement = movement - np.float32(options.gap_mm / 2) * normals
+        places[where] += touching.fade(movement, shared.touches[where], *net.links)
+        triangles_of[number] = np.concatenate([split_quads(places[where], net.quads), net.triangles])
+    if options.gap_mm > 0:  # nothing is shared any more
+        apart = {number: _Mesh(places[ranges[number]], triangles_of[number]) for number in together}
+        thin = _parallel(together, lambda n: _thinned(work, n, apart[n], pieces[n]), names, options.workers, on_progress)
+        return {**made, **dict(thin)}
+    whole = touching.join(places, nets, shared, triangles_of)
+    levels: dict[int, Levels] = {number: [] for number in together}
+    part = work.part_of(work.all_triangles)
+    for level in range(options.levels):
+        target = len(whole.triangles) // _LEVEL_PART if level else round(part * len(whole.triangles))
+        error = None if level or options.triangles is not None else options.error_mm
+        vertices, triangles, kept, still = decimate(
+            whole.places_mm, whole.triangles, target=target, error_mm=error, fixed=whole.fixed
+        )
+        whole = touching.Complex(vertices, triangles, whole.inside[kept], whole.beyond[kept], whole.fixed[still])
+        whole = _with_volumes(work, whole, together)
+
+        def finish(number: int, whole: touching.Complex = whole) -> tuple[_Mesh, dict[str, Any]]:
+            mesh = _Mesh(*whole.surface(number)[:2])
+            return mesh, work.measured(number, mesh, pieces[number])
+
+        for number, one in _parallel(together, finish, names, options.workers, on_progress):
+            levels[number].append(one)
+    return {**made, **levels}
+
+
+def _thinned(work: _Work, number: int, mesh: _Mesh, pieces: int) -> Levels:
+    """Decimate a surface that is to stay where it is."""
+    part, made = work.part_of(work.all_triangles), []
+    places, triangles = mesh
+    for level in range(work.options.levels):
+        target = len(triangles) // _LEVEL_PART if level else round(part * len(triangles))
+        error = None if level or work.options.triangles is not None else work.options.error_mm
+        places, triangles, _, _ = decimate(
+            places, triangles, target=max(target, _LEAST_TRIANGLES if target else 0), error_mm=error
+        )
+        thin = _Mesh(places, triangles)
+        made.append((thin, work.measured(number, thin, pieces)))
+    return made
+
+
+def _with_volumes(work: _Work, whole: touching.Complex, numbers: list[int]) -> touching.Complex:
+    """Give each structure its volume, by moving what it does not share."""
+    nothing = np.empty((0, 4), np.int32)
+    places = whole.places_mm.copy()
+    shared = np.zeros(len(places), np.bool_)
+    shared[whole.triangles[whole.beyond > 0]] = True
+    for number in numbers:
+        vertices, triangles, where = whole.surface(number)
+        free = ~shared[where]
+        free_area = float(triangle_areas(vertices, triangles)[free[triangles].all(axis=1)].sum())
+        if free_area <= 0:
+            continue
+        wanted = float(work.nets.voxels[number]) * work.mask.voxel_volume_mm3
+        has = float(volumes(vertices, nothing, triangles, np.zeros(len(vertices), np.int32), 1)[0])
+        step = np.float32(np.clip((wanted - has) / free_area, -work.farthest_mm, work.farthest_mm))
+        normals = vertex_normals(vertices, nothing, triangles)
+        places[where] = move(vertices, normals, np.where(free & ~whole.fixed[where], step, np.float32(0)).astype(np.float32))
+    return whole._replace(places_mm=places)
+
+
+def _parallel(
+    numbers: Sequence[int], work: Callable[[int], Any], names: dict[int, str], workers: int, on_progress: OnProgress | None
+) -> Iterator[tuple[int, Any]]:
+    """Do something for every structure, several at a time; the kernels let go of Python's lock."""
+    stopped = Event()
+
+    def unless_stopped(number: int) -> Any:
+        return None if stopped.is_set() else work(number)
+
+    if on_progress:
+        on_progress(0, len(numbers), names[numbers[0]])
+    with ThreadPoolExecutor(max(1, workers), thread_name_prefix="surface") as pool:
+        jobs = {pool.submit(unless_stopped, number): number for number in numbers}
+        try:
+            for done, job in enumerate(as_completed(jobs), 1):
+                yield jobs[job], job.result()
+                if on_progress:
+                    on_progress(done, len(numbers), names[jobs[job]])
+        except BaseException:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _compact(mask: LabelMap, structures: Sequence[int] | None) -> tuple[NDArray[np.uint8], dict[int, int]]:
+    """Return the mask in bytes, read-only, and what each byte stands for."""
+    array: NDArray[Any] = mask.array
+    if array.dtype == np.uint8:
+        wanted = range(1, 256) if structures is None else structures
+        numbers = {n: n for n in wanted if 0 < n < 256}
+        return _read_only(array), numbers
+    wanted = sorted(set(mask.labels or mask.counts()) if structures is None else set(structures))
+    if len(wanted) > _MOST_LABELS:
+        raise InvalidParameters(
+            component=_COMPONENT,
+            detail=f"a scene has up to {_MOST_LABELS} structures, this would have {len(wanted)}; use `structures`",
+        )
+    compact, sorted_numbers = np.zeros(array.shape, np.uint8), np.array(wanted, array.dtype)
+    for plane, out in zip(array, compact, strict=True):
+        place = np.searchsorted(sorted_numbers, plane).clip(0, max(len(wanted) - 1, 0))
+        if wanted:
+            np.copyto(out, (place + 1).astype(np.uint8), where=sorted_numbers[place] == plane)
+    return _read_only(compact), {index + 1: number for index, number in enumerate(wanted)}
+
+
+def _read_only(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return a view that cannot be written to: compiled functions then know one kind of array instead of two."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def _without_small_pieces(
+    mask: LabelMap, array: NDArray[np.uint8], numbers: dict[int, int], least_mm3: float
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Return the mask without pieces below a volume, and say what was left out."""
+    kept, said = array.copy(), []
+    for compact, box in enumerate(ndimage.find_objects(array), 1):
+        if box is None or compact not in numbers:
+            continue
+        pieces, _ = ndimage.label(array[box] == compact, _CONNECTED)
+        sizes = np.bincount(pieces.ravel())
+        small = sizes * mask.voxel_volume_mm3 < least_mm3
+        small[0] = False
+        if small.any():
+            kept[box][small[pieces]] = 0
+            lost = float(sizes[small].sum()) * mask.voxel_volume_mm3
+            name = mask.label(numbers[compact]).name
+            said.append(
+                f"{name}: {int(small.sum())} of {len(sizes) - 1} pieces left out, each below {least_mm3:g} mm³, "
+                f"{lost:.0f} mm³ in all."
+            )
+    return _read_only(kept), said
+
+
+def _check_memory(vertices: int, mask: LabelMap) -> None:
+    needed, free = vertices * _BYTES_A_VERTEX + _RESERVE, free_memory()
+    if vertices > np.iinfo(np.int32).max or needed > free:
+        raise TooLargeForMemory(
+            component=_COMPONENT,
+            device="main",
+            needed_mb=needed // 2**20,
+            free_mb=free // 2**20,
+            shape="×".join(map(str, mask.shape)),
+        )
+
+
+def _in_world(mask: LabelMap, number: int, mesh: _Mesh, measures: dict[str, Any], level: int) -> Surface:
+    """Apply direction and origin, and turn the faces outward where a left-handed direction mirrors them."""
+    direction = np.asarray(mask.direction)
+    world = (mesh.places.astype(np.float64) @ direction.T + np.asarray(mask.origin_mm)).astype(np.float32)
+    faces = mesh.triangles if np.linalg.det(direction) > 0 else mesh.triangles[:, ::-1]
+    label = mask.label(number)
+    box = [world.min(axis=0), world.max(axis=0)]
+    return Surface(label.name, number, label.color, world, faces, {**measures, "box_mm": box}, level)
+
+
+def _outside_tolerances(measures: dict[str, Any], spacing_mm: Sequence[float]) -> list[str]:
+    found = []
+    voxels, surface, distance = measures["voxel_volume_ml"], measures["mesh_volume_ml"], measures["distance_mm"]["p95"]
+    if not measures["watertight"]:
+        found.append("the surface is not a watertight manifold.")
+    if abs(surface / voxels - 1) > _VOLUME_TOLERANCE:
+        found.append(f"the surface has {surface:.3g} mL, the mask {voxels:.3g} mL ({surface / voxels - 1:+.0%}).")
+    if distance > _DISTANCE_TOLERANCE * max(spacing_mm):
+        found.append(f"a twentieth of the surface is more than {distance:.2f} mm from the mask's boundary.")
     return found
 
 
-def _labels_at_edge(array: NDArray[Any]) -> set[int]:
+def _labels_at_edge(array: NDArray[np.uint8]) -> set[int]:
     planes = [np.unique(array.take(index, axis=axis)) for axis in range(3) for index in (0, -1)]
     return set(np.concatenate(planes).tolist()) - {0}

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from deployments.smoothing import preview
-from deployments.smoothing.surfaces import label_map_to_scene
+from deployments.smoothing.surfaces import Options, label_map_to_scene
 from scangraph.contracts import Frame, LabelMap, Scene, Volume
 
 
@@ -73,7 +73,7 @@ def test_the_scene_is_seen_from_the_front_with_the_right_on_the_left(frame: Fram
     array[10:16, 10:16, 4:10] = 29
     array[10:16, 10:16, 30:36] = 30
     array[30:36, 30:36, 17:23] = 31
-    scene = label_map_to_scene(LabelMap(array, (1, 1, 1), labels=(29, 30, 31)), frame=frame)[0]
+    scene = label_map_to_scene(LabelMap(array, (1, 1, 1), labels=(29, 30, 31)), Options(frame=frame))[0]
     pure = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
     scene = replace(scene, surfaces=tuple(replace(s, color=c) for s, c in zip(scene.surfaces, pure, strict=True)))
     picture, problem = preview.render_scene(scene, (200, 160))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import mmap
 import tempfile
@@ -258,7 +259,9 @@ def _spool(file: SceneFile) -> memoryview:
             out.flush()
             return memoryview(mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
-        raise StorageFull(path=file.name, reason=f"it could not be written into {tempfile.gettempdir()}: {error}") from error
+        reason = f"a temporary file could not be written: {error.strerror}"
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise (StorageFull if full else StorageUnavailable)(path=file.name, reason=reason) from error
 
 
 def _header(value: Volume) -> dict[str, Any]:

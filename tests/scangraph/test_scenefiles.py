@@ -86,7 +86,7 @@ def test_trimesh_reads_the_same_structures(frame: Frame, tmp_path: Path) -> None
         assert tuple(obj.geometry[s.name].visual.material.diffuse[:3]) == s.color
     whole = np.concatenate([corners(s) for s in written.surfaces])
     stl = trimesh.load_mesh(tmp_path / "scene.stl", process=False)
-    ply = trimesh.load_mesh(tmp_path / "scene.ply", process=False)
+    ply: Any = trimesh.load_mesh(tmp_path / "scene.ply", process=False)
     assert_array_equal(np.asarray(stl.vertices[stl.faces], np.float32), whole)
     assert_array_equal(np.asarray(ply.vertices[ply.faces], np.float32), whole)
     colors = np.repeat([s.color for s in written.surfaces], [len(s.vertices_mm) for s in written.surfaces], axis=0)
@@ -179,7 +179,7 @@ def test_many_blocks_count_on(tmp_path: Path) -> None:
 
 # --- GLB --------------------------------------------------------------------------------------------------------------
 
-TYPES = {5126: np.dtype("<f4"), 5125: np.dtype("<u4"), 5123: np.dtype("<u2")}
+TYPES: dict[int, np.dtype[Any]] = {5126: np.dtype("<f4"), 5125: np.dtype("<u4"), 5123: np.dtype("<u2")}
 
 
 def glb_parts(data: bytes) -> tuple[tuple[dict[str, Any], bytes], list[dict[str, Any]]]:
@@ -203,7 +203,7 @@ def glb_parts(data: bytes) -> tuple[tuple[dict[str, Any], bytes], list[dict[str,
         assert (view["target"], view["byteOffset"] % 4, view["buffer"]) == (target, 0, 0)
         dtype, width = TYPES[accessor["componentType"]], {"VEC3": 3, "SCALAR": 1}[accessor["type"]]
         assert view["byteLength"] == accessor["count"] * width * dtype.itemsize
-        array = np.frombuffer(binary, dtype, accessor["count"] * width, view["byteOffset"])
+        array: NDArray[Any] = np.frombuffer(binary, dtype, accessor["count"] * width, view["byteOffset"])
         return array.reshape(-1, 3) if width == 3 else array
 
     parts = []
@@ -284,7 +284,7 @@ def test_normals_look_outward_and_are_weighted_by_area() -> None:
     cosines = np.einsum("ij,ij->i", vertex_normals(ball.vertices_mm, ball.faces), outward)
     assert math.degrees(math.acos(cosines.min())) < 3
     lonely = vertex_normals(np.zeros((4, 3), np.float32), np.array([[0, 1, 2]], np.int32))
-    assert_array_equal(lonely, np.tile(np.float32([0, 0, 1]), (4, 1)))
+    assert_array_equal(lonely, np.tile(np.array([0, 0, 1], np.float32), (4, 1)))
     tall = np.array([(0, 0, 0), (4, 0, 0), (0, 0, 1), (0, 1, 0)], np.float32)
     (first, *_) = vertex_normals(tall, np.array([[0, 1, 2], [0, 1, 3]], np.int32))  # areas 2 and 2: between -y and z
     assert_allclose(first, np.array([0, -1, 1]) / math.sqrt(2), atol=1e-6)
@@ -295,7 +295,7 @@ def test_normals_look_outward_and_are_weighted_by_area() -> None:
 
 def test_stl_and_ply_say_frame_and_unit_as_slicer_reads_them() -> None:
     for frame in ("LPS", "RAS"):
-        written = scene().in_frame(frame)  # type: ignore[arg-type]
+        written = scene().in_frame(frame)
         stl, ply = in_format(written, "stl"), in_format(written, "ply")
         for head in (stl[:80], ply.partition(b"end_header")[0]):
             assert f"SPACE={frame}".encode() in head

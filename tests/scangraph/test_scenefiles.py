@@ -308,6 +308,18 @@ def test_stl_and_ply_say_frame_and_unit_as_slicer_reads_them() -> None:
         assert b"comment label 4321 Lymph_nodes\n" in ply
 
 
+def test_stl_has_unit_normals_that_look_outward() -> None:
+    triangle = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    flat = surface([(0, 0, 0), (1, 0, 0), (2, 0, 0)], name="flat")
+    read = np.frombuffer(in_format(Scene((*scene().surfaces, flat)), "stl"), triangle, offset=84)
+    assert_array_equal(read["normal"][-1], 0)  # none, where there is no area
+    a, b, c = (read["corners"][:-1, k].astype(float) for k in range(3))
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    assert np.abs(read["normal"][:-1] - normals).max() < 1e-3  # float32, half a metre from the origin
+    assert not read["attribute"].any()
+
+
 # --- the manifest -----------------------------------------------------------------------------------------------------
 
 

@@ -91,6 +91,11 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in written).split())
 
 
+def notes_of(scene: Scene) -> list[str]:
+    """Return what a reader must know, on a line each; whatever the scene says, its use is for research only."""
+    return list(dict.fromkeys([NOTICE, *map(one_line, scene.notes)]))
+
+
 def blocks(rows: NDArray[R]) -> Iterator[NDArray[R]]:
     """Cut an array into blocks of rows."""
     for start in range(0, len(rows), _ROWS):

@@ -142,6 +142,7 @@ def test_obj_says_unit_frame_and_structures() -> None:
     for comment in (b"# unit: mm\n", b"# SPACE=LPS\n", b"# Research use only", b"# a note\n"):
         assert comment in obj
     assert b"# SPACE=RAS\n" in in_format(scene().in_frame("RAS"), "obj")
+    assert b"# Research use only" in in_format(Scene(()), "obj")  # said or not
     names = ["kidney_right", "liver", "Lymph_nodes"]
     assert lines(obj, "o", "g", "usemtl") == [f"{word} {name}" for name in names for word in ("o", "g", "usemtl")]
     assert lines(obj, "mtllib") == ["mtllib other.mtl"]

@@ -209,8 +209,22 @@ def test_a_storage_that_gives_back_something_else_is_found_out(imageio: Imageio,
         return "0" * 64
 
     monkeypatch.setattr(imageio, "sha256", lie)
-    with pytest.raises(StorageUnavailable, match="could not be read back"):
-        asyncio.run(imageio.save(ct(), "image", "results/1/a"))
+    results: tuple[tuple[Any, str], ...] = ((ct(), "image"), (replace(scene(), files=FOUR), "scene"))
+    for value, kind in results:
+        with pytest.raises(StorageUnavailable, match="could not be read back"):
+            asyncio.run(imageio.save(value, kind, "results/1/a"))
+
+
+def test_many_files_keep_their_order(imageio: Imageio, storage: Storage) -> None:
+    (surface,) = scene().surfaces
+    many = tuple(replace(surface, name=f"part {n}", label=1000 + n) for n in range(30))
+    wanted = replace(scene(), surfaces=many, files=replace(FOUR, per_structure=True))
+    saved = asyncio.run(imageio.save(wanted, "scene", "results/1/scene"))
+    expected = write_scene(wanted, "scene")
+    assert [entry["filename"] for entry in saved] == list(expected)
+    assert {entry["filename"]: entry["sha256"] for entry in saved} == {
+        n: hashlib.sha256(d).hexdigest() for n, d in expected.items()
+    }
 
 
 def test_kept_results_come_back(imageio: Imageio, storage: Storage) -> None:

@@ -143,7 +143,7 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
 
 def _structures(masks: Mapping[str, LabelMap], scene: Scene, truth: Mapping[str, LabelMap]) -> list[dict[str, Any]]:
     """Volumes of every structure, and Dice where the truth is known."""
-    table, surfaces = label_table(), {surface.label: surface for surface in scene.surfaces}
+    table, surfaces = label_table(), {s.label: s for s in scene.surfaces if s.level == 0}
     rows = []
     for step in MASKS:
         counts = masks[step].counts()

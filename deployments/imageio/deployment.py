@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import mmap
 import tempfile
@@ -35,6 +36,8 @@ T = TypeVar("T")
 
 #: Enough to tell every kind of file apart.
 _MAGIC_BYTES = 512
+#: Files of a result that are written at a time: each waits for the disk, or for the network.
+_AT_ONCE = 8
 
 
 class Imageio:
@@ -164,7 +167,15 @@ class Imageio:
             The main file first: `storage_name`, `filename`, `kind`, `media_type`, `size`, `sha256`, `header`.
         """
         planned = await self._in_thread(lambda: _plan(value, kind, Path(stem).name))
-        return [await self._save(file, stem) for file in planned]
+        *others, last = planned  # a scene's manifest says what was written: it is the last
+        saved: list[dict[str, Any]] = []
+        for start in range(0, len(others), _AT_ONCE):
+            batch = (self._save(file, stem) for file in others[start : start + _AT_ONCE])
+            for outcome in await asyncio.gather(*batch, return_exceptions=True):  # all have ended before an error is told
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                saved.append(outcome)
+        return [*saved, await self._save(last, stem)]
 
     async def _save(self, file: _Planned, stem: str) -> dict[str, Any]:
         data = await self._in_thread(file.encode)
@@ -258,7 +269,9 @@ def _spool(file: SceneFile) -> memoryview:
             out.flush()
             return memoryview(mmap.mmap(out.fileno(), 0, access=mmap.ACCESS_READ))
     except OSError as error:
-        raise StorageFull(path=file.name, reason=f"it could not be written into {tempfile.gettempdir()}: {error}") from error
+        reason = f"a temporary file could not be written: {error.strerror}"
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+        raise (StorageFull if full else StorageUnavailable)(path=file.name, reason=reason) from error
 
 
 def _header(value: Volume) -> dict[str, Any]:

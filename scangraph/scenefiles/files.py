@@ -30,7 +30,7 @@ _MEDIA_TYPES = {
     "zip": "application/zip",
     "json": "application/json",
 }
-#: zlib's fastest: OBJ shrinks to a third, the binary formats to four fifths.
+#: zlib's fastest: OBJ shrinks to a third, the binary formats to three fifths.
 _ZIP_LEVEL = 1
 #: From here on an entry may have more than 2 GiB, which must be said before it is written.
 _LARGE_TRIANGLES = 10_000_000

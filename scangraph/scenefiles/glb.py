@@ -17,7 +17,7 @@ import numpy as np
 import scangraph
 from scangraph.contracts import GlbUnit, Scene
 from scangraph.contracts.errors import UsageError
-from scangraph.scenefiles.structures import NOTICE, Sink, Structure, one_line, vertex_normals
+from scangraph.scenefiles.structures import NOTICE, Sink, Structure, notes_of, vertex_normals
 
 ROOT = "scanner_to_gltf"
 #: What the root node does: patient's head up, face to +Z, left hand to +X. Quaternions (x, y, z, w).
@@ -132,14 +132,13 @@ def _document(scene: Scene, structures: Sequence[Structure], unit: GlbUnit) -> t
         materials.append({"name": structure.key, "pbrMetallicRoughness": shade})
     if len(nodes) > 1:
         nodes[0]["children"] = list(range(1, len(nodes)))
-    notes = {"notes": [one_line(note) for note in scene.notes]} if scene.notes else {}
     about = {
         "notice": NOTICE,
         "frame": scene.frame,
         "unit": unit,
         "vertices_unit": "mm",
         "axes": axes_in_words(scene, unit),
-        **notes,
+        "notes": notes_of(scene),
     }
     document: dict[str, Any] = {
         "asset": {"version": "2.0", "generator": f"scangraph {scangraph.__version__}", "extras": about},

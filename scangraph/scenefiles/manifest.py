@@ -11,7 +11,7 @@ import scangraph
 from scangraph.contracts import Frame, Scene
 from scangraph.contracts.labels import Laterality
 from scangraph.scenefiles.glb import axes_in_words
-from scangraph.scenefiles.structures import NOTICE, Structure, one_line
+from scangraph.scenefiles.structures import NOTICE, Structure, notes_of, one_line
 
 #: Grows when a reader of the last one would misread the next.
 FORMAT_VERSION = 1
@@ -89,7 +89,7 @@ def make_manifest(scene: Scene, structures: list[Structure], files: list[Manifes
         coordinates=f"The scanner's world in millimetres, right-handed: {_AXES[scene.frame]}. RAS is LPS with x and y negated.",
         glb_coordinates=axes_in_words(scene, unit) if "glb" in scene.files.formats else None,
         archive=archive,
-        notes=[one_line(note) for note in scene.notes],
+        notes=notes_of(scene),
         facts=dict(scene.facts),
         files=files,
         structures=[_describe(structure) for structure in structures],

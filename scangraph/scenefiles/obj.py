@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts import Scene
-from scangraph.scenefiles.structures import Sink, Structure, blocks, one_line
+from scangraph.scenefiles.structures import Sink, Structure, blocks, notes_of, one_line
 
 #: Decimals of a coordinate: 0.1 µm, what float32 resolves at a metre from the origin.
 _PLACES = 4
@@ -30,7 +30,7 @@ def write_obj(out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name
     mtl_name : str
         Name of the file with the materials, beside this one.
     """
-    head = ["scangraph scene", "unit: mm", f"SPACE={scene.frame}", *scene.notes]
+    head = ["scangraph scene", "unit: mm", f"SPACE={scene.frame}", *notes_of(scene)]
     out.write("".join([*(f"# {one_line(note)}\n" for note in head), f"mtllib {one_line(mtl_name)}\n"]).encode())
     first = 1  # OBJ counts vertices from 1 through the whole file
     for structure in structures:

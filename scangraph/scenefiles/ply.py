@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from scangraph.contracts import Scene
-from scangraph.scenefiles.structures import NOTICE, Sink, Structure, blocks, one_line
+from scangraph.scenefiles.structures import Sink, Structure, blocks, notes_of, one_line
 
 _VERTEX = np.dtype([("position", "<f4", 3), ("color", "u1", 3)])
 _FACE = np.dtype([("corners", "u1"), ("vertices", "<i4", 3), ("label", "<i4")])
@@ -25,7 +25,7 @@ def write_ply(out: Sink, scene: Scene, structures: Sequence[Structure]) -> None:
         What of it is written. Their numbers and names are in the header's comments.
     """
     vertices, faces = (sum(len(getattr(s.surface, name)) for s in structures) for name in ("vertices_mm", "faces"))
-    comments = ["scangraph scene", NOTICE, "unit: mm", f"SPACE={scene.frame}", *scene.notes]
+    comments = ["scangraph scene", "unit: mm", f"SPACE={scene.frame}", *notes_of(scene)]
     comments += [f"label {s.surface.label} {s.key}" for s in structures]
     out.write(
         "\n".join(

@@ -9,9 +9,10 @@ import numpy as np
 
 from scangraph.contracts import Scene
 from scangraph.contracts.errors import UsageError
-from scangraph.scenefiles.structures import Sink, Structure, blocks, triangle_normals
+from scangraph.scenefiles.structures import Sink, Structure, blocks, columns_of, corners_of, triangle_normals
 
-_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+#: Normal and three corners; then two bytes that mean nothing.
+_NUMBERS, _TRIANGLE_BYTES = 12, 50
 _HEADER_BYTES = 80
 _MOST_TRIANGLES = 2**32 - 1
 
@@ -38,11 +39,17 @@ def write_stl(out: Sink, scene: Scene, structures: Sequence[Structure]) -> None:
     header = f"scangraph SPACE={scene.frame} unit=mm research use only"  # "solid" would begin a text STL
     out.write(header.encode().ljust(_HEADER_BYTES) + struct.pack("<I", count))
     for structure in structures:
-        vertices = structure.surface.vertices_mm
+        axes = columns_of(structure.surface.vertices_mm)
         for faces in blocks(structure.surface.faces):
-            rows = np.zeros(len(faces), _TRIANGLE)
-            rows["corners"] = vertices[faces]
-            normals = np.stack(triangle_normals(vertices, [faces[:, k].astype(np.intp) for k in range(3)]), axis=1)
-            lengths = np.sqrt(np.einsum("ij,ij->i", normals, normals))
-            rows["normal"] = normals / np.where(lengths > 0, lengths, 1)[:, None]
-            out.write(rows.tobytes())
+            corners = corners_of(axes, faces)
+            nx, ny, nz = triangle_normals(*corners)
+            lengths = np.sqrt(nx * nx + ny * ny + nz * nz)
+            lengths[lengths == 0] = 1
+            numbers = np.empty((len(faces), _NUMBERS), "<f4")
+            for k, column in enumerate(
+                (nx / lengths, ny / lengths, nz / lengths, *(axis for corner in corners for axis in corner))
+            ):
+                numbers[:, k] = column
+            rows = np.zeros((len(faces), _TRIANGLE_BYTES), np.uint8)
+            rows[:, : 4 * _NUMBERS] = numbers.view(np.uint8)
+            out.write(rows.data)

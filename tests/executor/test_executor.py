@@ -130,7 +130,7 @@ def test_a_diamond_runs_to_its_files_and_manifest(in_house: Any) -> None:
         record = await house.wait(await house.submit())
         assert record.execution.state == "completed", record.execution.error
         assert states(record) == {"left": "completed", "right": "completed", "scene": "completed"}
-        assert [f.output for f in record.files] == ["mask", "scene", "scene", "manifest"]
+        assert [f.output for f in record.files] == ["mask", "scene", "scene", "scene", "manifest"]
         for file in record.files:
             data = await house.storage.read(file.storage_name)
             assert (len(data), hashlib.sha256(data).hexdigest()) == (file.size, file.sha256)

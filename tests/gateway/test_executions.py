@@ -12,15 +12,21 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from PIL import Image
 
+import scangraph
 from deployments.imageio.nifti import write_nifti
+from scangraph.contracts import Scene, SceneFiles, Surface
 from scangraph.contracts.errors import AlreadyWritten
+from scangraph.scenefiles import SceneManifest, write_scene
 from scangraph.store import executions
+from scangraph.store.executions import NewFile
 from tests.conftest import constant_volume
 from tests.gateway.conftest import Gateway, mask_bytes, problem
 
@@ -93,6 +99,41 @@ def test_life_of_an_execution(gateway: Gateway) -> None:
         assert lineage["steps"][0]["model"] == {"id": "m", "version": "2"}
         assert {o["name"]: o["steps"] for o in lineage["outputs"]} == {"mask": ["organs"], "scene": ["organs", "scene"]}
         assert {o["sha256"] for o in lineage["outputs"]} == {f["sha256"] for f in body["output_files"]}
+
+
+def test_every_file_of_a_scene_is_listed_and_fetched(gateway: Gateway, tmp_path: Path) -> None:
+    clear(gateway)
+    vertices, faces = np.eye(4, 3) * 10, [[0, 2, 1], [0, 1, 3], [1, 2, 3], [2, 0, 3]]
+    thing = Surface("tumor", 202, (232, 194, 46), np.array(vertices), np.array(faces), {"mesh_volume_ml": 0.17})
+    scene = Scene((thing,), files=SceneFiles(("glb", "stl", "ply", "obj")))
+    with gateway.client() as client:
+        execution_id = begin(client, gateway.upload(client), pipeline="organs")
+        claim = gateway.claim(execution_id)
+        for step in claim.spec.steps:
+            gateway.step(claim, step.id)
+        imageio: Any = gateway.services[0].gate
+        saved = gateway.run(imageio.save(scene, "scene", f"results/{execution_id}/scene"))
+        files = [NewFile(output="scene", **entry) for entry in saved]
+        assert gateway.run(executions.complete(gateway.store, claim, files, None))
+
+        listed = client.get(f"/v1/executions/{execution_id}").json()["output_files"]
+        expected = write_scene(scene, "scene")
+        assert [file["filename"] for file in listed] == list(expected)
+        assert [file["kind"] for file in listed] == ["scene", None, "scene", "scene", "scene", None]
+        for file in listed:
+            answer = client.get(file["download_url"])
+            assert answer.content == expected[file["filename"]]
+            assert answer.headers["content-type"] == file["media_type"]
+            assert f'filename="{file["filename"]}"' in answer.headers["content-disposition"]
+        glb = next(file for file in listed if file["filename"] == "scene.glb")
+        assert glb["media_type"] == "model/gltf-binary"
+        told = client.get(f"/v1/files/{glb['file_id']}/metadata").json()
+        assert (told["kind"], told["metadata"]["unit"], told["metadata"]["surfaces"]) == ("glb", "m", ["tumor"])
+    with scangraph.Client(gateway.urls[0], token=gateway.token()) as typed:
+        paths = typed.fetch(execution_id, tmp_path)["scene"]
+    assert {path.name: path.read_bytes() for path in paths} == expected
+    manifest = SceneManifest.model_validate_json(expected["scene.manifest.json"])
+    assert manifest.structures[0].measures == {"mesh_volume_ml": 0.17}
 
 
 def test_a_form_brings_its_files(gateway: Gateway) -> None:

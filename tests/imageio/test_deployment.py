@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gzip
 import hashlib
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,17 @@ import pytest
 from deployments.imageio.deployment import Imageio
 from deployments.imageio.kinds import kind_of
 from deployments.imageio.nifti import read_nifti, write_nifti
-from scangraph.contracts import LabelMap, Scene, Surface, Volume
+from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
 from scangraph.contracts.errors import (
     DamagedResult,
     EmptyFile,
     FileMissing,
     ImageFileError,
+    StorageFull,
     StorageUnavailable,
     UnsupportedMedia,
 )
+from scangraph.scenefiles import SceneManifest, write_scene
 from scangraph.settings import ImageioSettings
 from scangraph.storage import Storage, open_storage
 
@@ -143,6 +148,52 @@ def test_results_are_written_read_back_and_described(imageio: Imageio, storage: 
         asyncio.run(imageio.save(scene(), "mask", "results/1/wrong"))
 
 
+FOUR = SceneFiles(("glb", "ply", "stl", "obj"))
+
+
+@pytest.mark.parametrize(
+    ("files", "main"),
+    [
+        (FOUR, "scene.obj"),
+        (SceneFiles(("stl", "glb")), "scene.stl"),
+        (replace(FOUR, per_structure=True), "scene.kidney_left.obj"),
+        (replace(FOUR, zipped=True), "scene.zip"),
+    ],
+)
+def test_a_scene_is_saved_as_it_wants(imageio: Imageio, storage: Storage, files: SceneFiles, main: str) -> None:
+    wanted = replace(scene(), files=files)
+    saved = asyncio.run(imageio.save(wanted, "scene", "results/1/scene"))
+    expected = write_scene(wanted, "scene")
+    assert {e["filename"]: asyncio.run(storage.read(e["storage_name"])) for e in saved} == expected
+    assert [e["filename"] for e in saved] == list(expected)
+    assert saved[0]["filename"] == main
+    types = {
+        "obj": "model/obj", "mtl": "model/mtl", "glb": "model/gltf-binary", "stl": "model/stl", "ply": "model/ply",
+        "zip": "application/zip", "json": "application/json",
+    }  # fmt: skip
+    for entry in saved:
+        data = expected[entry["filename"]]
+        assert (entry["size"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        assert entry["media_type"] == types[entry["kind"]]
+        assert entry["filename"].endswith(entry["kind"])
+        assert entry["header"]["surfaces"] == ["kidney_left"]
+        assert entry["header"].get("unit") == {"glb": "m", "mtl": None, "zip": None, "json": None}.get(entry["kind"], "mm")
+    manifest = SceneManifest.model_validate_json(expected["scene.manifest.json"])
+    if not files.zipped:
+        assert [(f.name, f.sha256) for f in manifest.files] == [(e["filename"], e["sha256"]) for e in saved[:-1]]
+    assert asyncio.run(imageio.save(wanted, "scene", "results/1/scene")) == saved  # equal bytes are adopted
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, StorageFull), (errno.EACCES, StorageUnavailable)])
+def test_no_room_for_a_temporary_file_is_said(imageio: Imageio, number: int, error: Any, monkeypatch: Any) -> None:
+    def refuse() -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(error, match="temporary file"):
+        asyncio.run(imageio.save(scene(), "scene", "results/1/scene"))
+
+
 def test_what_another_executor_wrote_is_adopted_if_equal(imageio: Imageio, storage: Storage) -> None:
     (first,) = asyncio.run(imageio.save(ct(), "image", "results/1/a"))
     (again,) = asyncio.run(imageio.save(ct(), "image", "results/1/a"))
@@ -158,8 +209,22 @@ def test_a_storage_that_gives_back_something_else_is_found_out(imageio: Imageio,
         return "0" * 64
 
     monkeypatch.setattr(imageio, "sha256", lie)
-    with pytest.raises(StorageUnavailable, match="could not be read back"):
-        asyncio.run(imageio.save(ct(), "image", "results/1/a"))
+    results: tuple[tuple[Any, str], ...] = ((ct(), "image"), (replace(scene(), files=FOUR), "scene"))
+    for value, kind in results:
+        with pytest.raises(StorageUnavailable, match="could not be read back"):
+            asyncio.run(imageio.save(value, kind, "results/1/a"))
+
+
+def test_many_files_keep_their_order(imageio: Imageio, storage: Storage) -> None:
+    (surface,) = scene().surfaces
+    many = tuple(replace(surface, name=f"part {n}", label=1000 + n) for n in range(30))
+    wanted = replace(scene(), surfaces=many, files=replace(FOUR, per_structure=True))
+    saved = asyncio.run(imageio.save(wanted, "scene", "results/1/scene"))
+    expected = write_scene(wanted, "scene")
+    assert [entry["filename"] for entry in saved] == list(expected)
+    assert {entry["filename"]: entry["sha256"] for entry in saved} == {
+        n: hashlib.sha256(d).hexdigest() for n, d in expected.items()
+    }
 
 
 def test_kept_results_come_back(imageio: Imageio, storage: Storage) -> None:

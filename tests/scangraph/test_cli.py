@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -81,6 +82,10 @@ def test_run_against_the_service(service: str, service_settings: Settings, phant
     scangraph("run", "smoothing/base", f"mask={tmp_path / 'ureter.nii.gz'}", "-o", tmp_path, data=service_settings.data)
     assert "mtllib base.mtl" in (tmp_path / "base.obj").read_text()
     assert (tmp_path / "base.mtl").exists()
+    manifest = json.loads((tmp_path / "base.manifest.json").read_text())
+    assert [s["name"] for s in manifest["structures"]] == ["ureter"]
+    for file in manifest["files"]:
+        assert hashlib.sha256((tmp_path / file["name"]).read_bytes()).hexdigest() == file["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +113,7 @@ def test_the_demo_on_the_service(service: str, service_settings: Settings, phant
     scangraph("demo", "--ct", image, "--out", out, data=service_settings.data)
     names = {p.name for p in out.iterdir()}
     masks = {f"{name}.nii.gz" for name in ("organs", "vessels", "ureters", "tumor", "merged")}
-    assert names == masks | {"scene.obj", "scene.mtl", "preview.png", "report.json"}
+    assert names == masks | {"scene.obj", "scene.mtl", "scene.manifest.json", "preview.png", "report.json"}
     for name in masks:
         assert read_nifti((out / name).read_bytes(), name, as_mask=True).same_grid(phantom.volumes["portal"])
     report: dict[str, Any] = json.loads((out / "report.json").read_text())

@@ -86,7 +86,7 @@ def test_trimesh_reads_the_same_structures(frame: Frame, tmp_path: Path) -> None
         assert tuple(obj.geometry[s.name].visual.material.diffuse[:3]) == s.color
     whole = np.concatenate([corners(s) for s in written.surfaces])
     stl = trimesh.load_mesh(tmp_path / "scene.stl", process=False)
-    ply = trimesh.load_mesh(tmp_path / "scene.ply", process=False)
+    ply: Any = trimesh.load_mesh(tmp_path / "scene.ply", process=False)
     assert_array_equal(np.asarray(stl.vertices[stl.faces], np.float32), whole)
     assert_array_equal(np.asarray(ply.vertices[ply.faces], np.float32), whole)
     colors = np.repeat([s.color for s in written.surfaces], [len(s.vertices_mm) for s in written.surfaces], axis=0)
@@ -142,6 +142,7 @@ def test_obj_says_unit_frame_and_structures() -> None:
     for comment in (b"# unit: mm\n", b"# SPACE=LPS\n", b"# Research use only", b"# a note\n"):
         assert comment in obj
     assert b"# SPACE=RAS\n" in in_format(scene().in_frame("RAS"), "obj")
+    assert b"# Research use only" in in_format(Scene(()), "obj")  # said or not
     names = ["kidney_right", "liver", "Lymph_nodes"]
     assert lines(obj, "o", "g", "usemtl") == [f"{word} {name}" for name in names for word in ("o", "g", "usemtl")]
     assert lines(obj, "mtllib") == ["mtllib other.mtl"]
@@ -179,7 +180,7 @@ def test_many_blocks_count_on(tmp_path: Path) -> None:
 
 # --- GLB --------------------------------------------------------------------------------------------------------------
 
-TYPES = {5126: np.dtype("<f4"), 5125: np.dtype("<u4"), 5123: np.dtype("<u2")}
+TYPES: dict[int, np.dtype[Any]] = {5126: np.dtype("<f4"), 5125: np.dtype("<u4"), 5123: np.dtype("<u2")}
 
 
 def glb_parts(data: bytes) -> tuple[tuple[dict[str, Any], bytes], list[dict[str, Any]]]:
@@ -203,7 +204,7 @@ def glb_parts(data: bytes) -> tuple[tuple[dict[str, Any], bytes], list[dict[str,
         assert (view["target"], view["byteOffset"] % 4, view["buffer"]) == (target, 0, 0)
         dtype, width = TYPES[accessor["componentType"]], {"VEC3": 3, "SCALAR": 1}[accessor["type"]]
         assert view["byteLength"] == accessor["count"] * width * dtype.itemsize
-        array = np.frombuffer(binary, dtype, accessor["count"] * width, view["byteOffset"])
+        array: NDArray[Any] = np.frombuffer(binary, dtype, accessor["count"] * width, view["byteOffset"])
         return array.reshape(-1, 3) if width == 3 else array
 
     parts = []
@@ -284,7 +285,7 @@ def test_normals_look_outward_and_are_weighted_by_area() -> None:
     cosines = np.einsum("ij,ij->i", vertex_normals(ball.vertices_mm, ball.faces), outward)
     assert math.degrees(math.acos(cosines.min())) < 3
     lonely = vertex_normals(np.zeros((4, 3), np.float32), np.array([[0, 1, 2]], np.int32))
-    assert_array_equal(lonely, np.tile(np.float32([0, 0, 1]), (4, 1)))
+    assert_array_equal(lonely, np.tile(np.array([0, 0, 1], np.float32), (4, 1)))
     tall = np.array([(0, 0, 0), (4, 0, 0), (0, 0, 1), (0, 1, 0)], np.float32)
     (first, *_) = vertex_normals(tall, np.array([[0, 1, 2], [0, 1, 3]], np.int32))  # areas 2 and 2: between -y and z
     assert_allclose(first, np.array([0, -1, 1]) / math.sqrt(2), atol=1e-6)
@@ -295,7 +296,7 @@ def test_normals_look_outward_and_are_weighted_by_area() -> None:
 
 def test_stl_and_ply_say_frame_and_unit_as_slicer_reads_them() -> None:
     for frame in ("LPS", "RAS"):
-        written = scene().in_frame(frame)  # type: ignore[arg-type]
+        written = scene().in_frame(frame)
         stl, ply = in_format(written, "stl"), in_format(written, "ply")
         for head in (stl[:80], ply.partition(b"end_header")[0]):
             assert f"SPACE={frame}".encode() in head
@@ -306,6 +307,18 @@ def test_stl_and_ply_say_frame_and_unit_as_slicer_reads_them() -> None:
         assert struct.unpack_from("<I", stl, 80) == (count,)
         assert len(stl) == 84 + 50 * count
         assert b"comment label 4321 Lymph_nodes\n" in ply
+
+
+def test_stl_has_unit_normals_that_look_outward() -> None:
+    triangle = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+    flat = surface([(0, 0, 0), (1, 0, 0), (2, 0, 0)], name="flat")
+    read = np.frombuffer(in_format(Scene((*scene().surfaces, flat)), "stl"), triangle, offset=84)
+    assert_array_equal(read["normal"][-1], 0)  # none, where there is no area
+    a, b, c = (read["corners"][:-1, k].astype(float) for k in range(3))
+    normals = np.cross(b - a, c - a)
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    assert np.abs(read["normal"][:-1] - normals).max() < 1e-3  # float32, half a metre from the origin
+    assert not read["attribute"].any()
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What surfaces cost and how true they are, beside the peers."""

@@ -32,6 +32,7 @@ from deployments.nnunet.plan import build_network
 from deployments.nnunet.predictor import Network, Precision
 from deployments.nnunet.runtimes import OpenVino, complete_state
 from deployments.nnunet.weights import NetworkFolder, read_network_folder
+from scangraph.models import read_model
 from scangraph.phantoms import make_phantom
 
 
@@ -42,18 +43,25 @@ def folder_of(arguments: argparse.Namespace) -> NetworkFolder:
     return real_size(arguments.classes)
 
 
+def images(arguments: argparse.Namespace, count: int) -> tuple[list[np.ndarray], list[float]]:
+    """Return the network's channels and their spacing: of a patient, the phases that the model was made for."""
+    if arguments.phantom is None:
+        return [image(arguments.shape)] * count, [arguments.spacing] * 3
+    phases = ["portal"] * count
+    if arguments.model:
+        inputs = read_model(Path(arguments.model).parent).manifest.inputs
+        phases = ["portal" if entry.phase == "any" else entry.phase for entry in inputs]
+    patient = make_phantom(arguments.phantom).volumes
+    return [np.asarray(patient[phase].array) for phase in phases], list(patient[phases[0]].spacing_mm)
+
+
 def one(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process."""
     warnings.simplefilter("ignore")
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     folder = folder_of(arguments)
-    if arguments.phantom is None:
-        ct, spacing = image(arguments.shape), [arguments.spacing] * 3
-    else:
-        volume = make_phantom(arguments.phantom).volumes["portal"]
-        ct, spacing = np.asarray(volume.array), list(volume.spacing_mm)
-    channels = [ct] * len(folder.dataset["channel_names"])
+    channels, spacing = images(arguments, len(folder.dataset["channel_names"]))
     device = torch.device(arguments.device)
     start = time.perf_counter()
     if arguments.one == "nnunet":
@@ -81,6 +89,9 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
             # What is compiled once is compiled here.
         )
         parts = timed()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         loaded = time.perf_counter()
         labels = engine.predict(channels, spacing, lambda *_: None, precision=precision)
     end = time.perf_counter()

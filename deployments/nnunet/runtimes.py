@@ -87,10 +87,10 @@ def has_compiler() -> bool:
     return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def has_fast_bf16() -> bool:
+def has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Tell whether this processor multiplies bfloat16 in hardware (AMX, AVX-512 BF16, Arm's BF16)."""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = cpuinfo.read_text()
         return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", " bf16"))
     return False
 

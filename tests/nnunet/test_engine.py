@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +30,10 @@ from deployments.nnunet.memory import NotEnoughMemory, free_memory
 from deployments.nnunet.plan import build_network, read_plan
 from deployments.nnunet.predictor import Network, Precision, Shared, importance, nonzero_box, tile_positions
 from deployments.nnunet.resampling import Rule, cells, resample, spline_matrix
-from deployments.nnunet.runtimes import OpenVino, Torch, complete_state
+from deployments.nnunet.runtimes import OpenVino, Torch, complete_state, has_compiler, has_fast_bf16
 from deployments.nnunet.weights import NetworkFolder, read_network_folder
 from scangraph.contracts.errors import InvalidModel
+from tests.conftest import ROOT
 from tests.nnunet.folders import ORGANS, flat_folder, results_folder
 
 CPU = torch.device("cpu")
@@ -466,6 +471,61 @@ def test_torch_takes_over_where_openvino_is_not(tmp_path: Path) -> None:
         np.testing.assert_allclose(second(patch, lambda: None)[0], expected, atol=2e-4)
     kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == [".bin", ".bin", ".xml", ".xml"]
+
+
+_WITHOUT_OPENVINO = """
+import os, sys
+sys.modules["openvino"] = None
+sys.path.insert(0, sys.argv[1])
+if sys.argv[3] == "no compiler":
+    os.environ["CXX"] = "there-is-no-such-compiler"
+elif sys.argv[3] == "a broken one":
+    os.environ["CXX"] = "false"
+import numpy as np, torch
+from pathlib import Path
+from deployments.nnunet.predictor import Network
+from deployments.nnunet.weights import read_network_folder
+torch.set_num_threads(1)
+network = Network(read_network_folder(Path(sys.argv[2]), ("0",)), torch.device("cpu"), mirroring=False)
+image = np.load(sys.argv[2] + "/image.npy")
+for precision in ("exact", "fast"):
+    print(network.engine(precision))
+    np.save(f"{sys.argv[2]}/{precision}.npy", network.predict([image], (1.5, 1.0, 1.0), lambda *_: None, precision=precision))
+"""
+
+
+@pytest.mark.parametrize("compiler", ["no compiler", "a broken one", "a compiler"])
+def test_without_openvino_torch_computes_as_fast_as_it_can(compiler: str, tmp_path: Path) -> None:
+    if compiler == "a compiler" and not has_compiler():
+        pytest.skip("there is no C++ compiler on this machine")
+    if compiler == "a broken one" and shutil.which("false") is None:
+        pytest.skip("there is no `false` on this machine")
+    folder = results_folder(tmp_path, spacing=(2.2, 1.4, 1.4))
+    image = np.round(300 * smooth((24, 26, 20), seed=4)).astype(np.float32)
+    np.save(folder / "image.npy", image)
+    command = [sys.executable, "-c", _WITHOUT_OPENVINO, str(ROOT), str(folder), compiler]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    bf16 = "bfloat16" if has_fast_bf16() else "float32"
+    compiled = ", compiled" if compiler == "a compiler" else ""
+    assert done.stdout.splitlines() == [f"torch float32 on cpu{compiled}", f"torch {bf16} on cpu{compiled}"]
+    network = Network(read_network_folder(folder, ("0",)), CPU, mirroring=False)
+    for precision, most in (("exact", 2e-3), ("fast", 2e-2)):
+        expected = network.predict([image], (1.5, 1.0, 1.0), lambda *_: None, precision="exact")
+        assert np.mean(np.load(folder / f"{precision}.npy") != expected) <= most
+
+
+def test_what_multiplies_bfloat16_is_known_by_its_flags(tmp_path: Path) -> None:
+    for flags, fast in (
+        ("fpu avx2 avx512f", False),
+        ("avx512_bf16", True),
+        ("amx_tile amx_bf16", True),
+        ("fp asimd bf16", True),
+    ):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        assert has_fast_bf16(tmp_path / "cpuinfo") == fast
+    assert not has_fast_bf16(tmp_path / "none")
 
 
 def test_a_damaged_kept_network_is_made_again(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     python -m benchmarks.nnunet.speed [--classes 25] [--shape 300 512 512] [--spacing 0.8] [--ways nnunet exact fast draft]
     python -m benchmarks.nnunet.speed --model models/totalseg-demo/nnunet --shape 200 300 300 --spacing 1.2
     python -m benchmarks.nnunet.speed --model models/totalseg-demo/nnunet --phantom 7
+    python -m benchmarks.nnunet.speed --device cuda --classes 118 --shape 600 512 512 --ways nnunet exact fast
 
 Each way runs in a process of its own, one after the other, with the same threads and no mirrored copies; the network is
 loaded and compiled before the clock starts (`load s`). Memory is the process's highest resident set; the image alone is 2
@@ -98,7 +99,7 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
     np.save(arguments.out, labels)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = {"way": arguments.one, "load s": round(loaded - start, 1), "s": round(end - loaded, 1), "peak MB": round(peak)}
-    if arguments.one != "nnunet":
+    if arguments.one != "nnunet" and device.type == "cpu":
         result["of it"] = {part: round(seconds, 2) for part, seconds in parts.items()}
     if device.type == "cuda":
         result["GPU MB"] = round(torch.cuda.max_memory_allocated() / 2**20)

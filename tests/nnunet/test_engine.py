@@ -447,13 +447,13 @@ def test_two_dimensional_networks(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_does_not_have_is_refused(tmp_path: Path) -> None:
-    changes: tuple[dict[str, Any], ...] = (
-        {"previous_stage": "3d_lowres"},
-        {"resampling_fn_data": "no_resampling_hack"},
-        {"resampling_fn_probabilities_kwargs": {"order": 3, "order_z": 0}},
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"previous_stage": "3d_lowres"}, "second stage of a cascade and needs '3d_lowres' first"),
+        ({"resampling_fn_data": "no_resampling_hack"}, "no_resampling_hack"),
+        ({"resampling_fn_probabilities_kwargs": {"order": 3, "order_z": 0}}, "order 3"),
     )
-    for n, change in enumerate(changes):
-        with pytest.raises(InvalidModel):
+    for n, (change, why) in enumerate(changes):
+        with pytest.raises(InvalidModel, match=why):
             read_plan(folder_of(change, tmp_path / str(n)))
 
 

@@ -31,8 +31,8 @@ from deployments.nnunet.predictor import Network, Precision
 KINDS = {
     "Convolution": "convolution",
     "MVN": "normalisation",
-    "Deconvolution": "transposed convolution",
-    "Concatenation": "concatenation",
+    "ConvolutionBackpropData": "transposed convolution",
+    "Concat": "concatenation",
     "Reorder": "reordering",
 }
 #: Of the converted network's operations.

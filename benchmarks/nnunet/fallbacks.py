@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def main() -> None:
                 else Torch(network(), cpu, 1, size, flat=False, dtype=dtype, compiled=way == "inductor")
             )
             load = time.perf_counter() - start
-            seconds = best(lambda runtime=runtime: runtime(patch, lambda: None), 3)
+            seconds = best(partial(runtime, patch, lambda: None), 3)
             print({"precision": precision, "way": runtime.name, "load s": round(load, 1), "s": round(seconds, 2)}, flush=True)
 
 

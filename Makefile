@@ -46,6 +46,10 @@ bench: setup-dev ## measure again what benchmarks/README.md quotes
 	@$(DEV)/python -m benchmarks.faults --executions 20
 	@$(DEV)/python -m benchmarks.nnunet.speed
 	@$(DEV)/python -m benchmarks.nnunet.export
+	@$(DEV)/python -m benchmarks.nnunet.profile
+	@$(DEV)/python -m benchmarks.nnunet.fallbacks
+	@$(DEV)/python -m benchmarks.smoothing.speed
+	@$(DEV)/python -m benchmarks.smoothing.quality
 	@$(DEV)/python -m benchmarks.smoothing.files
 
 lock: ## resolve runtime_envs/*.in into the locks again

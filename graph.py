@@ -66,7 +66,7 @@ def build_app(settings: Settings) -> Application:
             Nnunet, "nnunet", s.nnunet, s.nnunet, s.model_folders, s.cache / "nnunet", num_gpus=s.nnunet.num_gpus or 0
         ),
         "postprocess": stage(Postprocess, "postprocess", s.postprocess),
-        "smoothing": stage(Smoothing, "smoothing", s.smoothing, s.smoothing),
+        "smoothing": stage(Smoothing, "smoothing", s.smoothing, s.smoothing, s.cache / "smoothing"),
     }
     executor = control(Executor, "executor", s, catalog(s), stages)
     gateway = build_gateway(COMPONENTS, s.gateway)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,6 +33,8 @@ ID = r"^[a-z0-9][a-z0-9._-]*$"
 #: A component's id as models may make them: its endpoint and the name of its pipeline follow from it, and from no other.
 TASK = r"^[a-z0-9]+/[a-z0-9]+(-[a-z0-9]+)*$"
 _LEFTOVER_SECONDS = 86400
+#: How much larger a voxel makes a model worth to be run before another one.
+_COARSER = 2
 DEMO_WARNING = (
     "{id} holds demonstration weights, trained on synthetic phantoms only: on a real patient its result means nothing. "
     "Install real weights with `scangraph models install FILE|FOLDER --task {task}` (nnU-Net's and TotalSegmentator's)."
@@ -58,6 +61,17 @@ class ModelNetwork(_Part):
     labels: dict[int, int]
 
 
+class ModelRoi(_Part):
+    """Where a model may look only, if that is wanted: around what a coarser model finds."""
+
+    task: str = Field(pattern=TASK, max_length=60)
+    #: Which model of that task; unset: the one that its component would use.
+    model: str | None = Field(None, pattern=ID, max_length=100)
+    #: Label numbers of that model; what this one finds lies in their box, grown by the margin.
+    structures: tuple[int, ...] = Field(min_length=1)
+    margin_mm: float = Field(20, ge=0, le=200)
+
+
 class ModelManifest(_Part):
     """`model.yaml`."""
 
@@ -75,6 +89,7 @@ class ModelManifest(_Part):
     #: Where the index axes x, y, z led in training; nnU-Net's `…WithReorient` readers give RAS.
     orientation: str = Field("LPS", pattern="^[LRPASI]{3}$")
     mirroring: bool = False
+    roi: ModelRoi | None = None
     files: dict[str, str]
     license: str
     training_data: str
@@ -226,6 +241,44 @@ def choose_model(folders: Sequence[Path], task: str, model_id: str | None = None
         known = ", ".join(m.manifest.id for m in models) or "none"
         raise ModelNotFound(model=model_id or "(any)", component=task, known=known)
     return min(fitting, key=lambda model: model.manifest.demo)  # stable: the first of equals
+
+
+def coarse_model(folders: Sequence[Path], model: Model, wanted: Iterable[int]) -> tuple[Model, ModelRoi] | None:
+    """Return the model that shows where another one has to look, and how; None where there is none.
+
+    It is the one that the manifest names (`roi`), else the coarsest of the installed models that know all wanted labels, work
+    on voxels at least twice as large, and take one image of the same modality, or the same inputs. A demonstration shows the
+    way only to demonstrations.
+    """
+    own = model.manifest
+    if own.roi is not None:
+        try:
+            found = choose_model(folders, own.roi.task, own.roi.model)
+        except ModelNotFound:
+            return None
+        fits = _can_guide(found.manifest, own) and set(own.roi.structures) <= set(found.manifest.labels)
+        return (found, own.roi) if fits else None
+    labels = tuple(sorted(set(wanted)))
+    fitting = [
+        other
+        for other in installed_models(folders)
+        if labels
+        and _can_guide(other.manifest, own)
+        and set(labels) <= set(other.manifest.labels)
+        and math.prod(other.manifest.spacing_mm) >= _COARSER * math.prod(own.spacing_mm)
+    ]
+    if not fitting:
+        return None
+    best = max(fitting, key=lambda other: (not other.manifest.demo, math.prod(other.manifest.spacing_mm)))
+    return best, ModelRoi(task=best.manifest.task, model=best.manifest.id, structures=labels)
+
+
+def _can_guide(coarse: ModelManifest, fine: ModelManifest) -> bool:
+    """Tell whether a model can be given what another one is given."""
+    names = [entry.name for entry in coarse.inputs]
+    same_kind = {entry.modality for entry in coarse.inputs} == {fine.inputs[0].modality}
+    alike = len(names) == 1 or names == [entry.name for entry in fine.inputs]
+    return same_kind and alike and (fine.demo or not coarse.demo)
 
 
 def install_model(source: Path, target_parent: Path) -> Model:

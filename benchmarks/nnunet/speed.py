@@ -3,6 +3,7 @@
     python -m benchmarks.nnunet.speed [--classes 25] [--shape 300 512 512] [--spacing 0.8] [--ways nnunet exact fast draft]
     python -m benchmarks.nnunet.speed --model models/totalseg-demo/nnunet --shape 200 300 300 --spacing 1.2
     python -m benchmarks.nnunet.speed --model models/totalseg-demo/nnunet --phantom 7
+    python -m benchmarks.nnunet.speed --device cuda --classes 118 --shape 600 512 512 --ways nnunet exact fast
 
 Each way runs in a process of its own, one after the other, with the same threads and no mirrored copies; the network is
 loaded and compiled before the clock starts (`load s`). Memory is the process's highest resident set; the image alone is 2
@@ -32,6 +33,7 @@ from deployments.nnunet.plan import build_network
 from deployments.nnunet.predictor import Network, Precision
 from deployments.nnunet.runtimes import OpenVino, complete_state
 from deployments.nnunet.weights import NetworkFolder, read_network_folder
+from scangraph.models import read_model
 from scangraph.phantoms import make_phantom
 
 
@@ -42,18 +44,25 @@ def folder_of(arguments: argparse.Namespace) -> NetworkFolder:
     return real_size(arguments.classes)
 
 
+def images(arguments: argparse.Namespace, count: int) -> tuple[list[np.ndarray], list[float]]:
+    """Return the network's channels and their spacing: of a patient, the phases that the model was made for."""
+    if arguments.phantom is None:
+        return [image(arguments.shape)] * count, [arguments.spacing] * 3
+    phases = ["portal"] * count
+    if arguments.model:
+        inputs = read_model(Path(arguments.model).parent).manifest.inputs
+        phases = ["portal" if entry.phase == "any" else entry.phase for entry in inputs]
+    patient = make_phantom(arguments.phantom).volumes
+    return [np.asarray(patient[phase].array) for phase in phases], list(patient[phases[0]].spacing_mm)
+
+
 def one(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one way in this process."""
     warnings.simplefilter("ignore")
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     folder = folder_of(arguments)
-    if arguments.phantom is None:
-        ct, spacing = image(arguments.shape), [arguments.spacing] * 3
-    else:
-        volume = make_phantom(arguments.phantom).volumes["portal"]
-        ct, spacing = np.asarray(volume.array), list(volume.spacing_mm)
-    channels = [ct] * len(folder.dataset["channel_names"])
+    channels, spacing = images(arguments, len(folder.dataset["channel_names"]))
     device = torch.device(arguments.device)
     start = time.perf_counter()
     if arguments.one == "nnunet":
@@ -81,13 +90,16 @@ def one(arguments: argparse.Namespace) -> dict[str, Any]:
             # What is compiled once is compiled here.
         )
         parts = timed()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
         loaded = time.perf_counter()
         labels = engine.predict(channels, spacing, lambda *_: None, precision=precision)
     end = time.perf_counter()
     np.save(arguments.out, labels)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     result = {"way": arguments.one, "load s": round(loaded - start, 1), "s": round(end - loaded, 1), "peak MB": round(peak)}
-    if arguments.one != "nnunet":
+    if arguments.one != "nnunet" and device.type == "cpu":
         result["of it"] = {part: round(seconds, 2) for part, seconds in parts.items()}
     if device.type == "cuda":
         result["GPU MB"] = round(torch.cuda.max_memory_allocated() / 2**20)

@@ -11,8 +11,11 @@ than channels before that layer, those channels are added up, and the classes ar
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,6 +96,9 @@ class Accumulator:
             (kernels.starts(axis.low, size), kernels.highs(axis.low, axis.high, size), axis.weight)
             for axis, size in zip(along[1:], sizes[1:], strict=True)
         ]
+        most = int(np.bincount(self._z.low).max(initial=1))
+        self._filled = np.empty((most, *target.labels.shape[1:]), np.uint16)
+        self._numbers = target.numbers.astype(np.uint16)
         classes = channels if head is None else head.weight.shape[0]
         # Two slices of logits: the labels between them need both.
         self._logits = [np.empty((sizes[1], sizes[2], classes), np.float32) for _ in range(2)]
@@ -111,9 +117,20 @@ class Accumulator:
         count: bool = True,
     ) -> None:
         """Add what one pass over one tile gave; see `kernels.add_tile`. uint16 is bfloat16's bits."""
-        add = kernels.add_tile_bf16 if tile.dtype == np.uint16 else kernels.add_tile
-        begin, flip = (int(origin[0]), int(origin[1]), int(origin[2])), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
-        add(self._ring, self._weights, self._depth, tile, gaussian, begin, flip, np.float32(share), first_channel, count)
+        bits, shift = (tile, kernels.BF16_SHIFT) if tile.dtype == np.uint16 else (tile.view(np.uint32), 0)
+        kernels.add_tile(
+            self._ring,
+            self._weights,
+            self._depth,
+            bits,
+            np.uint32(shift),
+            gaussian,
+            (int(origin[0]), int(origin[1]), int(origin[2])),
+            (bool(flips[0]), bool(flips[1]), bool(flips[2])),
+            np.float32(share),
+            first_channel,
+            count,
+        )
 
     def finish(self, until: int) -> None:
         """Write the labels of all slices below `until`, which no further tile touches."""
@@ -155,7 +172,7 @@ class Accumulator:
         weight = self._z.weight[first:last]
         if int(self._z.high[first]) == low:  # the slice itself
             high = low
-        target = self._target
+        target, filled = self._target, self._filled[: last - first]
         (y_start, y_high, wy), (x_start, x_high, wx) = self._rows
         kernels.fill_slices(
             self._logits[low % 2],
@@ -171,9 +188,32 @@ class Accumulator:
             wx,
             target.regions,
             target.half,
-            target.numbers,
-            target.labels[first:last],
+            self._numbers,
+            filled,
         )
+        target.labels[first:last] = filled
+
+
+def compile_kernels(cache: Path | None = None) -> None:
+    """Compile all loops, or load them from numba's cache: 8 s at the first start on a machine, half a second at any other.
+
+    Parameters
+    ----------
+    cache : Path, optional
+        Folder for the lock under which it is done: numba's cache is not made for two processes that write at once, and the
+        second has nothing left to do.
+    """
+    with contextlib.ExitStack() as held:
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(held.enter_context((cache / "numba.lock").open("w")), fcntl.LOCK_EX)
+        shape, part = (2, 2, 2), slice(0, 2)
+        target = Target(np.zeros((3, 3, 3), np.uint8), Rule(1), np.arange(2, dtype=np.uint8), False, True)
+        tiles: tuple[Any, ...] = (np.zeros((*shape, 2), np.float32), np.zeros((*shape, 2), np.uint16))
+        for tile in tiles:
+            sums = Accumulator(shape, (part, part, part), 2, 2, None, target)
+            sums.add(tile, np.ones(shape, np.float32), (0, 0, 0))
+            sums.finish(2)
 
 
 class DeviceAccumulator:
@@ -201,10 +241,13 @@ class DeviceAccumulator:
         self._inner, self._target, self._device = tuple(inner), target, device
         self._head = None if head is None else Head(head.weight.to(device), head.bias.to(device))
         sizes = [part.stop - part.start for part in inner]
-        self._along = [
-            [torch.as_tensor(part, device=device) for part in cells(size, n, target.rule.order_of(axis))]
-            for axis, (size, n) in enumerate(zip(sizes, target.labels.shape, strict=True))
-        ]
+        self._along = []
+        for axis in (1, 2):
+            found = cells(sizes[axis], target.labels.shape[axis], target.rule.order_of(axis))
+            low, high, weight = (torch.as_tensor(part, device=device) for part in found)
+            self._along.append((low, high, weight.reshape((-1, 1, 1) if axis == 1 else (1, -1, 1))))
+        self._depth_cells = cells(sizes[0], target.labels.shape[0], target.rule.order_of(0))
+        # As int32: torch can hardly do anything with uint16.
         self._numbers = torch.as_tensor(target.numbers.astype(np.int32), device=device)
         self._gaussian: torch.Tensor | None = None
         self._ready = self._written = 0
@@ -232,35 +275,31 @@ class DeviceAccumulator:
             self._weights[where] += self._gaussian
 
     def finish(self, until: int) -> None:
-        """Write the labels of the image's slices that need no slice from `until` on."""
+        """Write the labels of the image's slices that need no slice from `until` on; they are copied back together."""
+        if until <= self._ready:
+            return
         whole = self._sums[self._ready : until]
         weights = self._weights[self._ready : until]
         whole.div_(torch.where(weights > 0, weights, torch.ones_like(weights)))
-        self._ready = max(self._ready, until)
-        depth = self._inner[0]
-        low, high, weight = self._along[0]
-        ready = min(until, depth.stop) - depth.start
-        last = int((high < ready).sum())
-        for z in range(self._written, last):
-            self._write(z, int(low[z]) + depth.start, int(high[z]) + depth.start, weight[z])
-        self._written = max(self._written, last)
+        self._ready = until
+        depth, (low, high, weight) = self._inner[0], self._depth_cells
+        last = int((high < min(until, depth.stop) - depth.start).sum())
+        slab = range(self._written, last)
+        if slab:
+            codes = [self._codes(int(low[z]) + depth.start, int(high[z]) + depth.start, float(weight[z])) for z in slab]
+            self._target.labels[slab.start : slab.stop] = torch.stack(codes).cpu().numpy()
+            self._written = last
 
-    def _write(self, z: int, low: int, high: int, weight: torch.Tensor) -> None:
-        """Interpolate, decide and copy one slice of the image."""
+    def _codes(self, low: int, high: int, weight: float) -> torch.Tensor:
+        """Interpolate and decide one slice of the image; nothing in it waits for the device."""
         plane = (self._inner[1], self._inner[2])
-        values = _between(self._slice(low, plane), self._slice(high, plane), weight)
-        for axis in (1, 2):
-            below, above, part = self._along[axis]
-            shape = (-1, 1, 1) if axis == 1 else (1, -1, 1)
-            values = _between(values.index_select(axis - 1, below), values.index_select(axis - 1, above), part.reshape(shape))
-        target = self._target
-        logits = (
-            values
-            if self._head is None
-            else torch.addmm(self._head.bias, values.reshape(-1, values.shape[-1]), self._head.weight.T).reshape(
-                *values.shape[:2], -1
-            )
-        )
+        values = torch.lerp(self._sums[(low, *plane)], self._sums[(high, *plane)], weight)
+        for axis, (below, above, part) in enumerate(self._along):
+            values = torch.lerp(values.index_select(axis, below), values.index_select(axis, above), part)
+        target, head = self._target, self._head
+        logits = values
+        if head is not None:
+            logits = torch.addmm(head.bias, values.flatten(0, 1), head.weight.T).unflatten(0, values.shape[:2])
         if target.half:
             logits = logits.half()
         if target.regions:
@@ -268,11 +307,4 @@ class DeviceAccumulator:
             codes = ((logits > 0) * order).amax(-1)
         else:
             codes = logits.argmax(-1)
-        target.labels[z] = self._numbers[codes].cpu().numpy()
-
-    def _slice(self, z: int, plane: tuple[slice, slice]) -> torch.Tensor:
-        return self._sums[(z, *plane)]
-
-
-def _between(low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return torch.lerp(low, high, weight.to(low.dtype))
+        return self._numbers[codes]

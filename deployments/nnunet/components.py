@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scangraph.contracts import Component, Port, label_of
 from scangraph.models import Model
 
-VERSION = "2.0.0"
+VERSION = "2.1.0"
 
 
 class SegmentParameters(BaseModel):
@@ -32,6 +32,16 @@ class SegmentParameters(BaseModel):
         ge=0.25,
         le=1.0,
         description="distance of neighbouring tiles as a part of their size; unset: 0.5, and 0.8 in a draft",
+    )
+    skip_air: bool | None = Field(
+        None,
+        description="what is farther than 20 mm outside of the body is background, and tiles that hold nothing of the body are "
+        "not computed (CT only); labels inside do not change. Unset: yes, but not where exact",
+    )
+    roi: Literal["auto"] | None = Field(
+        None,
+        description="auto: a coarser model looks first, and only the box around what it finds is segmented; for large images. "
+        "Unset: the whole image",
     )
 
 

@@ -1,6 +1,8 @@
 """The loops over voxels that no library has: adding up tiles, and labels on the image's grid.
 
-Compiled by numba, in parallel over rows. Arrays have channels last, so that what belongs to one voxel lies together.
+Compiled by numba, in parallel over rows, for one set of types each (`add_tile`: two), so that all of it can be compiled before
+the first request: arrays are contiguous, have channels last, so that what belongs to one voxel lies together, and labels are
+uint16, whatever they become.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 #: bfloat16 is the upper half of float32.
-_BF16_BITS = 16
+BF16_SHIFT = 16
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
 def add_tile(  # type: ignore[no-untyped-def]
-    ring, weights, depth_of_ring, tile, gaussian, origin, flips, share, first_channel, count
+    ring, weights, depth_of_ring, tile, shift, gaussian, origin, flips, share, first_channel, count
 ):  # pragma: no cover – compiled
     """Add a tile's values, weighted, to the ring of slices.
 
@@ -25,8 +27,10 @@ def add_tile(  # type: ignore[no-untyped-def]
     ----------
     ring : float32, (depth, ny, nx, channels); weights : float32, (depth, ny, nx)
         Sums so far.
-    tile : float32, (pz, py, px, c)
-        As the network gave it, still mirrored along the axes in `flips`.
+    tile : uint32 or uint16, (pz, py, px, c)
+        As the network gave it, still mirrored along the axes in `flips`: the bits of float32, or of bfloat16.
+    shift : uint32
+        How far its bits are shifted to be those of float32: 0, or 16.
     gaussian : float32, (pz, py, px)
         Importance of each voxel of the tile, as it lies in the volume.
     origin : (z0, y0, x0)
@@ -44,29 +48,6 @@ def add_tile(  # type: ignore[no-untyped-def]
         z = np.int64(prange_z)  # numba counts unsigned, and unsigned + signed is a float
         to = (z0 + z) % depth_of_ring
         source_z = pz - 1 - z if flips[0] else z
-        for y in range(py):
-            source_y = py - 1 - y if flips[1] else y
-            for x in range(px):
-                source_x = px - 1 - x if flips[2] else x
-                g = gaussian[z, y, x]
-                if count:
-                    weights[to, y0 + y, x0 + x] += g
-                g *= share
-                for c in range(channels):
-                    ring[to, y0 + y, x0 + x, first_channel + c] += g * tile[source_z, source_y, source_x, c]
-
-
-@numba.njit(parallel=True, cache=True, nogil=True)
-def add_tile_bf16(  # type: ignore[no-untyped-def]
-    ring, weights, depth_of_ring, tile, gaussian, origin, flips, share, first_channel, count
-):  # pragma: no cover – compiled
-    """Do the same with a tile of bfloat16, given as its bits (uint16)."""
-    pz, py, px, channels = tile.shape
-    z0, y0, x0 = origin
-    for prange_z in numba.prange(pz):
-        z = np.int64(prange_z)  # numba counts unsigned, and unsigned + signed is a float
-        to = (z0 + z) % depth_of_ring
-        source_z = pz - 1 - z if flips[0] else z
         bits = np.empty(channels, np.uint32)
         values = bits.view(np.float32)
         for y in range(py):
@@ -78,7 +59,7 @@ def add_tile_bf16(  # type: ignore[no-untyped-def]
                     weights[to, y0 + y, x0 + x] += g
                 g *= share
                 for c in range(channels):
-                    bits[c] = np.uint32(tile[source_z, source_y, source_x, c]) << _BF16_BITS
+                    bits[c] = np.uint32(tile[source_z, source_y, source_x, c]) << shift
                 for c in range(channels):
                     ring[to, y0 + y, x0 + x, first_channel + c] += g * values[c]
 
@@ -160,9 +141,9 @@ def fill_slices(  # type: ignore[no-untyped-def]
         Where they lie between the two.
     regions, half : bool
         As in `decide`; `half` also rounds what is interpolated.
-    numbers : (codes,)
+    numbers : uint16, (codes,)
         Label of each code.
-    out : (n, rows, columns)
+    out : uint16, (n, rows, columns)
         Labels.
     """
     ny, nx, k = lower.shape

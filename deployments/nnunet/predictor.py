@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from deployments.nnunet.accumulate import Accumulator, DeviceAccumulator, Head, Target
+from deployments.nnunet.body import Blocks, needs
 from deployments.nnunet.memory import Need, check_memory
 from deployments.nnunet.plan import Normalization, Plan, build_network, normalize_whole, read_plan
-from deployments.nnunet.resampling import Rule, resample
+from deployments.nnunet.resampling import Rule, cells, resample
 from deployments.nnunet.runtimes import (
     OpenVino,
     Poll,
@@ -31,6 +32,7 @@ from deployments.nnunet.runtimes import (
     Runtime,
     Torch,
     complete_state,
+    has_compiler,
     has_fast_bf16,
     last_layer,
     split_head,
@@ -39,6 +41,11 @@ from deployments.nnunet.weights import NetworkFolder
 
 #: Called before and during every pass as `on_tile(done, total)`; what it raises stops the prediction.
 OnTile = Callable[[int, int], None]
+
+
+#: A GPU computes tiles together up to this many voxels (and tiles): one of 128³, which fills it, but many of a 2-D network's.
+_BATCHED_VOXELS = 128**3
+_MOST_TILES = 16
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,24 @@ MANNERS: dict[Precision, Manner] = {
 }
 
 
-class Tile(NamedTuple):
-    """One position of the network's window."""
+@dataclass
+class Shared:
+    """What the networks of one model share on one image, and count.
 
-    origin: tuple[int, int, int]
-    #: Slices below this one are not touched by any later tile.
-    ends_before: int
+    Parameters
+    ----------
+    within : Blocks, optional
+        A mask on the image's grid: what lies outside is background, and tiles that hold nothing of it are not computed.
+    tiles, skipped : int
+        Tiles that were computed, and those that were not.
+    prepared : (key, Tensor), optional
+        The last image on a network's grid: taken again where the next network normalises and resamples alike, to the bit.
+    """
+
+    within: Blocks | None = None
+    tiles: int = 0
+    skipped: int = 0
+    prepared: tuple[Any, torch.Tensor] | None = None
 
 
 class Network:
@@ -83,12 +102,22 @@ class Network:
         Of the processor; 0 for torch's setting.
     cache : Path or None
         Folder in which converted networks are kept.
+    on_device : bool, optional
+        Keep everything on the device, as tensors, as it is done on GPUs (the default there); elsewhere only tests want that.
     """
 
     def __init__(
-        self, folder: NetworkFolder, device: torch.device, *, mirroring: bool, threads: int = 0, cache: Path | None = None
+        self,
+        folder: NetworkFolder,
+        device: torch.device,
+        *,
+        mirroring: bool,
+        threads: int = 0,
+        cache: Path | None = None,
+        on_device: bool | None = None,
     ) -> None:
         self.plan = read_plan(folder)
+        self._on_device = device.type == "cuda" if on_device is None else on_device
         self._device, self._threads, self._cache = device, threads or torch.get_num_threads(), cache
         self._mirror_axes = tuple(folder.mirror_axes or ()) if mirroring else ()
         self._networks: list[torch.nn.Module] = []
@@ -120,6 +149,15 @@ class Network:
         """Shape of a tile, in the network's axes."""
         return self.plan.patch
 
+    def tile_voxels(self, spacing_mm: Sequence[float]) -> tuple[int, ...]:
+        """Return how many voxels (z, y, x) of an image of that spacing fill a tile, rounded down, so that one tile will do."""
+        back = np.argsort(self.plan.transpose_forward)
+        patch, own = (np.array(values, dtype=object)[back] for values in (self.plan.patch, self.plan.spacing_mm))
+        return tuple(
+            int(n) if step is None else int(n * step / spacing + 1e-9)
+            for n, step, spacing in zip(patch, own, spacing_mm, strict=True)
+        )
+
     def runtimes(self, *, bf16: bool) -> list[Runtime]:
         """Return each fold's network, ready; it is made when it is first asked for."""
         if bf16 not in self._runtimes:
@@ -132,8 +170,19 @@ class Network:
 
     def _runtime(self, network: torch.nn.Module, *, bf16: bool) -> Runtime:
         plan = self.plan
-        if self._device.type == "cuda":
-            return Torch(network, self._device, flat=plan.flat, dtype=torch.float16 if bf16 else torch.float32, compiled=bf16)
+        if self._on_device:
+            half = torch.float16 if self._device.type == "cuda" else torch.bfloat16
+            return Torch(
+                network,
+                self._device,
+                plan.channels,
+                plan.patch,
+                flat=plan.flat,
+                dtype=half if bf16 else torch.float32,
+                compiled=bf16 and self._device.type == "cuda",
+                batch=max(1, min(_MOST_TILES, _BATCHED_VOXELS // int(np.prod(plan.patch)))),
+                tensors=True,
+            )
         bf16 = bf16 and has_fast_bf16()  # elsewhere bfloat16 is emulated: slower than float32, and less precise
         try:
             return OpenVino(
@@ -147,7 +196,8 @@ class Network:
                 cache=self._cache,
             )
         except ImportError:
-            return Torch(network, self._device, flat=plan.flat, dtype=torch.bfloat16 if bf16 else torch.float32, compiled=False)
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            return Torch(network, self._device, plan.channels, plan.patch, flat=plan.flat, dtype=dtype, compiled=has_compiler())
 
     def predict(
         self,
@@ -157,6 +207,7 @@ class Network:
         step_size: float | None = None,
         precision: Precision = "fast",
         numbers: NDArray[np.unsignedinteger[Any]] | None = None,
+        shared: Shared | None = None,
     ) -> NDArray[np.unsignedinteger[Any]]:
         """Segment an image.
 
@@ -174,6 +225,8 @@ class Network:
             `exact`, `fast` or `draft`; see `MANNERS`.
         numbers : ndarray of unsigned integers, optional
             What is written for each label of the network; itself by default.
+        shared : Shared, optional
+            A mask of what matters, and what earlier networks of the same image have made; it is added to.
 
         Returns
         -------
@@ -185,6 +238,7 @@ class Network:
             Before anything large is made.
         """
         manner, plan = MANNERS[precision], self.plan
+        shared = Shared() if shared is None else shared
         turned = [np.transpose(np.asarray(channel), plan.transpose_forward) for channel in channels]
         spacing = [float(spacing_mm[axis]) for axis in plan.transpose_forward]
         box = nonzero_box(turned)
@@ -199,7 +253,7 @@ class Network:
         on_tile(0, 0)
         numba.set_num_threads(min(self._threads, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
         runtimes = self.runtimes(bf16=manner.bf16)
-        image = self._prepare(cropped, shape, plan.image_resampler.rule(spacing, own_spacing), padded, inner)
+        image = self._prepared(shared, cropped, shape, plan.image_resampler.rule(spacing, own_spacing), padded, inner)
         labels = np.zeros(np.shape(channels[0]), written.dtype)
         target = Target(
             labels=np.transpose(labels, plan.transpose_forward)[box],
@@ -209,26 +263,68 @@ class Network:
             half=manner.half,
         )
         width = self._width * (len(runtimes) if self._late else 1)
-        if self._device.type == "cuda":
+        if self._on_device:
             sums: Any = DeviceAccumulator(padded, inner, width, self._head, target, self._device)
         else:
             sums = Accumulator(padded, inner, plan.patch[0], width, self._head, target)
         flips = list(_mirrored(self._mirror_axes if manner.mirroring else (), flat=plan.flat))
         tiles = list(tile_positions(padded, plan.patch, manner.step_size if step_size is None else step_size))
+        shared.skipped += len(tiles)
+        tiles = self._needed(tiles, shared.within, target, shape, [part.start for part in box], inner)
+        shared.skipped -= len(tiles)
+        shared.tiles += len(tiles)
         gaussian = importance(plan.patch, flat=plan.flat)
         total, done = len(tiles) * len(flips) * len(runtimes), 0
         share = 1 / len(flips) if self._late else 1 / (len(flips) * len(runtimes))
-        for tile in tiles:
-            patch = _cut(image, tile.origin, plan.patch)
+        batch = runtimes[0].batch
+        for group in (tiles[i : i + batch] for i in range(0, len(tiles), batch)):
+            sums.finish(group[0][0])  # tiles come in the order of their first slice
+            patches = [_cut(image, origin, plan.patch, tensors=self._on_device) for origin in group]
             for number, (fold, flip) in enumerate(itertools.product(range(len(runtimes)), flips)):
                 poll = _poll(on_tile, done, total)
-                result = runtimes[fold](_flipped(patch, flip), poll)
+                results = runtimes[fold]([_flipped(patch, flip) for patch in patches], poll)
                 first = fold * self._width if self._late else 0
-                sums.add(result, gaussian, tile.origin, flips=flip, share=share, first_channel=first, count=number == 0)
-                done += 1
-            sums.finish(tile.ends_before)
+                for origin, result in zip(group, results, strict=True):
+                    sums.add(result, gaussian, origin, flips=flip, share=share, first_channel=first, count=number == 0)
+                done += len(group)
+        sums.finish(padded[0])
+        if shared.within is not None:
+            shared.within.clear_outside(labels)
         on_tile(total, total)
         return labels
+
+    def _needed(
+        self,
+        tiles: list[tuple[int, int, int]],
+        within: Blocks | None,
+        target: Target,
+        shape: Sequence[int],
+        offset: Sequence[int],
+        inner: Sequence[slice],
+    ) -> list[tuple[int, int, int]]:
+        """Leave out tiles on which no voxel of the mask depends."""
+        if within is None:
+            return tiles
+        body = within.transposed(self.plan.transpose_forward)
+        along = [cells(shape[i], target.labels.shape[i], target.rule.order_of(i)) for i in range(3)]
+        return [origin for origin in tiles if needs(body, along, offset, inner, origin, self.plan.patch)]
+
+    def _prepared(
+        self,
+        shared: Shared,
+        cropped: Sequence[NDArray[Any]],
+        shape: Sequence[int],
+        rule: Rule,
+        padded: Sequence[int],
+        inner: Sequence[slice],
+    ) -> torch.Tensor:
+        """Prepare the image, or take what the network before has prepared in just the same way."""
+        plan = self.plan
+        key = (plan.normalizations, plan.transpose_forward, tuple(shape), rule, tuple(padded), str(self._device))
+        if shared.prepared is None or shared.prepared[0] != key:
+            shared.prepared = None  # its memory goes before the next is made
+            shared.prepared = (key, self._prepare(cropped, shape, rule, padded, inner))
+        return shared.prepared[1]
 
     def _prepare(
         self,
@@ -256,12 +352,15 @@ class Network:
         plane = int(np.prod(padded[1:]))
         middle = cropped[0] * plane * 4
         ring = min(plan.patch[0], padded[0]) * plane * (width + 1) * 4
-        if self._device.type == "cuda":
-            ring = padded[0] * plane * (width + 1) * 4
         slices = plane * (2 * plan.classes + width + 2) * 4
+        if self._on_device:  # all sums at once; and what a slab of the image's slices is interpolated through
+            ring = padded[0] * plane * (width + 1) * 4
+            slices = int(np.prod(cropped[1:])) * (3 * width + 2 * plan.classes) * 4
         first = next((p.shape[0] for p in self._networks[0].parameters() if p.ndim > 1), 32)
         # Measured with OpenVINO: 0.5 GB for 128³ with 32 channels in bfloat16.
         activations = 4 * int(np.prod(plan.patch)) * first * (2 if bf16 else 4)
+        if self._on_device:
+            activations *= max(1, min(_MOST_TILES, _BATCHED_VOXELS // int(np.prod(plan.patch))))
         weights = sum(p.numel() for p in self._networks[0].parameters()) * 4 * len(self._networks)
         image = int(np.prod(padded)) * 4 * plan.channels
         labels = 2 * int(np.prod(shape)) * label_bytes
@@ -287,8 +386,10 @@ def nonzero_box(channels: Sequence[NDArray[Any]]) -> tuple[slice, slice, slice]:
     return bounds[0], bounds[1], bounds[2]
 
 
-def tile_positions(shape: Sequence[int], patch: Sequence[int], step_size: float) -> Iterator[Tile]:
+def tile_positions(shape: Sequence[int], patch: Sequence[int], step_size: float) -> Iterator[tuple[int, int, int]]:
     """Yield nnU-Net's tile positions: as few as cover the shape with at most `step_size · patch` between them, evenly spread.
+
+    They come in the order of their first axis, so that what lies before a tile's first slice is not touched any more.
 
     Parameters
     ----------
@@ -302,12 +403,7 @@ def tile_positions(shape: Sequence[int], patch: Sequence[int], step_size: float)
         count = int(np.ceil((length - window) / (window * step_size))) + 1
         gap = (length - window) / (count - 1) if count > 1 else 0
         along.append([int(np.round(gap * i)) for i in range(count)])
-    rows = along[0]
-    for i, z in enumerate(rows):
-        row = [(z, y, x) for y in along[1] for x in along[2]]
-        for origin in row[:-1]:
-            yield Tile(origin, z)
-        yield Tile(row[-1], rows[i + 1] if i + 1 < len(rows) else shape[0])
+    yield from itertools.product(along[0], along[1], along[2])
 
 
 def importance(patch: Sequence[int], *, flat: bool) -> NDArray[np.float32]:
@@ -344,9 +440,9 @@ def _mirrored(axes: Sequence[int], *, flat: bool) -> Iterator[tuple[bool, bool, 
             yield (0 in chosen, 1 in chosen, 2 in chosen)
 
 
-def _cut(image: torch.Tensor, origin: Sequence[int], patch: Sequence[int]) -> Any:
+def _cut(image: torch.Tensor, origin: Sequence[int], patch: Sequence[int], *, tensors: bool) -> Any:
     part = image[:, *(slice(o, o + n) for o, n in zip(origin, patch, strict=True))]
-    return part.contiguous() if image.device.type == "cuda" else part.numpy()
+    return part if tensors else part.numpy()
 
 
 def _flipped(patch: Any, flip: Sequence[bool]) -> Any:
@@ -378,4 +474,4 @@ def _normalizer(
     return whole, lambda slab: slab
 
 
-__all__ = ["MANNERS", "Network", "Plan", "Precision"]
+__all__ = ["MANNERS", "Network", "Plan", "Precision", "Shared"]

@@ -7,7 +7,7 @@ treats borders. Products of matrices are what processors do best: 17 times as fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,6 +20,9 @@ from scipy import ndimage
 _SLAB = 16
 #: Weights this small are nothing but denormals, which cost eleven times as much to multiply.
 _NOTHING = 1e-9
+
+#: Types of voxels that go to a GPU as they are.
+_SENT = frozenset(np.dtype(kind) for kind in ("u1", "i1", "i2", "i4", "f4"))
 
 Normalize = Callable[[torch.Tensor], torch.Tensor]
 
@@ -124,17 +127,17 @@ def resample(image: NDArray[Any], shape: Sequence[int], rule: Rule, normalize: N
         Clipped to the range of the normalised image (with a separate axis: of each slice), as skimage does.
     """
     if tuple(image.shape) == tuple(shape):
-        return torch.cat([_slab(image, start, normalize, device) for start in range(0, image.shape[0], _SLAB)])
+        return torch.cat([slab for _, slab in _slabs(image, normalize, device)])
     if rule.separate_axis is not None:
         return _resample_slices(image, shape, rule, normalize, device)
     rows, columns = (_matrix(image.shape[i], shape[i], rule.order, device) for i in (1, 2))
     depth = _matrix(image.shape[0], shape[0], rule.order, device)
     middle = torch.empty((image.shape[0], shape[1], shape[2]), dtype=torch.float32, device=device)
-    least, most = np.inf, -np.inf
-    for start in range(0, image.shape[0], _SLAB):
-        slab = _slab(image, start, normalize, device)
-        least, most = min(least, float(slab.min())), max(most, float(slab.max()))
+    ranges = []
+    for start, slab in _slabs(image, normalize, device):
+        ranges.append(torch.stack(torch.aminmax(slab)))
         middle[start : start + _SLAB] = _in_plane(slab, rows, columns)
+    least, most = torch.stack(ranges)[:, 0].min(), torch.stack(ranges)[:, 1].max()  # tensors: a GPU need not be waited for
     if depth is None:
         return middle.clamp_(least, most)
     flat = middle.reshape(middle.shape[0], -1)
@@ -152,8 +155,7 @@ def _resample_slices(
     wanted = [shape[axis], *(n for i, n in enumerate(shape) if i != axis)]
     rows, columns = (_matrix(turned.shape[i], wanted[i], rule.order, device) for i in (1, 2))
     slices = []
-    for start in range(0, turned.shape[0], _SLAB):
-        slab = _slab(turned, start, normalize, device)
+    for _, slab in _slabs(turned, normalize, device):
         least, most = slab.amin((1, 2), keepdim=True), slab.amax((1, 2), keepdim=True)
         slices.append(_in_plane(slab, rows, columns).clamp(least, most))
     middle = torch.cat(slices)
@@ -163,9 +165,33 @@ def _resample_slices(
     return middle.movedim(0, axis).contiguous()
 
 
-def _slab(image: NDArray[Any], start: int, normalize: Normalize, device: torch.device) -> torch.Tensor:
-    part = np.array(image[start : start + _SLAB], dtype=np.float32, order="C")  # a copy: the image may be read-only
-    return normalize(torch.from_numpy(part).to(device))
+def _slabs(image: NDArray[Any], normalize: Normalize, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (first slice, normalised slab); while one is worked on, the next is on its way to the GPU."""
+    starts = range(0, image.shape[0], _SLAB)
+    if device.type != "cuda":
+        for start in starts:
+            part = np.array(image[start : start + _SLAB], dtype=np.float32, order="C")  # a copy: the image may be read-only
+            yield start, normalize(torch.from_numpy(part).to(device))
+        return
+    copying, working = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    kind = image.dtype if image.dtype in _SENT else np.dtype(np.float32)  # int16 is half of the way
+
+    def send(start: int) -> tuple[torch.Tensor, torch.cuda.Event]:
+        pinned = torch.from_numpy(np.array(image[start : start + _SLAB], dtype=kind, order="C")).pin_memory()
+        with torch.cuda.stream(copying):
+            sent = pinned.to(device, non_blocking=True)  # torch keeps pinned memory until the copy has been made
+            arrived = torch.cuda.Event()
+            arrived.record(copying)
+        return sent, arrived
+
+    following = send(0)
+    for start in starts:
+        sent, arrived = following
+        if start + _SLAB < image.shape[0]:
+            following = send(start + _SLAB)
+        working.wait_event(arrived)
+        sent.record_stream(working)  # or its memory would be used again as soon as the copying stream has no more to do
+        yield start, normalize(sent.to(torch.float32, copy=True))
 
 
 def _matrix(source: int, target: int, order: int, device: torch.device) -> torch.Tensor | None:

@@ -1,14 +1,16 @@
 """Ways to compute a network: OpenVINO on processors, torch on GPUs and wherever OpenVINO cannot.
 
-Each is called as `runtime(patch, poll) -> tile`: one patch of the image, (channels, z, y, x), to what is added up at each voxel
-with channels last. `poll` is called a few times a second meanwhile and may raise, which stops the computation.
+Each is called as `runtime(patches, poll) -> tiles`: at most `batch` patches of the image, (channels, z, y, x), to what is added
+up at each voxel with channels last. `poll` is called a few times a second meanwhile and may raise, which stops the computation.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +38,10 @@ class Runtime(Protocol):
     """A network that is ready."""
 
     name: str
+    batch: int
 
-    def __call__(self, patch: NDArray[np.float32], poll: Poll) -> Any:
-        """Compute one patch."""
+    def __call__(self, patches: Sequence[Any], poll: Poll) -> Sequence[Any]:
+        """Compute up to `batch` patches."""
         ...
 
 
@@ -79,10 +82,15 @@ def split_head(network: Any) -> Head | None:
     return Head(weight, bias)
 
 
-def has_fast_bf16() -> bool:
+def has_compiler() -> bool:
+    """Tell whether there is the C++ compiler that torch's inductor needs on a processor."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def has_fast_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Tell whether this processor multiplies bfloat16 in hardware (AMX, AVX-512 BF16, Arm's BF16)."""
     with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = cpuinfo.read_text()
         return any(flag in flags for flag in ("amx_bf16", "avx512_bf16", " bf16"))
     return False
 
@@ -109,6 +117,8 @@ class OpenVino:
     cache : Path or None
         Folder for converted networks; tracing takes longer than everything else at a start.
     """
+
+    batch = 1
 
     def __init__(
         self,
@@ -153,8 +163,9 @@ class OpenVino:
         )
         self.name = f"OpenVINO {'bf16' if bf16 else 'fp32'}"
 
-    def __call__(self, patch: NDArray[np.float32], poll: Poll) -> NDArray[Any]:
+    def __call__(self, patches: Sequence[NDArray[np.float32]], poll: Poll) -> list[NDArray[Any]]:
         """Compute one patch; the result is overwritten by the next."""
+        (patch,) = patches
         given = np.ascontiguousarray(patch[None, :, 0] if self._flat else patch[None])
         self._request.set_input_tensor(self._ov.Tensor(given, shared_memory=True))
         self._request.start_async()
@@ -165,7 +176,7 @@ class OpenVino:
             self._request.cancel()
             self._request.wait_for(60_000)
             raise
-        return self._out.reshape(*self._patch, self._shape[-1])
+        return [self._out.reshape(*self._patch, self._shape[-1])]
 
     def _converted(self, network: torch.nn.Module, shape: Sequence[int], cache: Path | None) -> Any:
         """Convert the network, or take what an earlier start has converted; its weights are then mapped from the file."""
@@ -247,34 +258,69 @@ class Torch:
         With its weights.
     device : torch.device
         Where.
+    channels : int
+        Of its input.
+    patch : (z, y, x)
+        Of its input.
     flat : bool
         Whether it is 2-D.
     dtype : torch.dtype
-        In which it multiplies.
+        In which it multiplies; float32 is float32, also on GPUs that would rather take TF32.
     compiled : bool
-        Let inductor compile it: slow at the first patch.
+        Let inductor compile it, now. Where that fails, it goes on as it is.
+    batch : int
+        How many patches are computed together; fewer are filled up, so that one shape is compiled and tuned.
+    tensors : bool
+        Take and give tensors on the device, else arrays.
     """
 
     def __init__(
-        self, network: torch.nn.Module, device: torch.device, *, flat: bool, dtype: torch.dtype, compiled: bool
+        self,
+        network: torch.nn.Module,
+        device: torch.device,
+        channels: int,
+        patch: Sequence[int],
+        *,
+        flat: bool,
+        dtype: torch.dtype,
+        compiled: bool,
+        batch: int = 1,
+        tensors: bool = False,
     ) -> None:
-        self._device, self._flat, self._dtype = device, flat, dtype
-        self._layout = torch.channels_last if flat else torch.channels_last_3d
+        self._device, self._flat, self._dtype, self._tensors = device, flat, dtype, tensors
+        self.batch = batch
+        # Channels last is what tensor cores and AMX read; a copy of the weights, which on processors were shared till now.
+        self._layout: Any = torch.channels_last if flat else torch.channels_last_3d
         moved: Any = network.to(device)
-        if device.type == "cuda":
-            moved = moved.to(memory_format=self._layout)
-        self._network: Any = torch.compile(moved) if compiled else moved
-        self.name = f"torch {str(dtype).removeprefix('torch.')} on {device}"
+        moved = moved.to(memory_format=self._layout)
+        self._network: Any = torch.compile(moved, dynamic=False) if compiled else moved
+        if compiled:
+            try:
+                self._compute(torch.zeros((batch, channels, *patch), device=device))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # what dynamo and inductor raise: the compiler is there and cannot
+                self._network, compiled = moved, False
+        self.name = f"torch {str(dtype).removeprefix('torch.')} on {device.type}{', compiled' if compiled else ''}"
+
+    def __call__(self, patches: Sequence[Any], poll: Poll) -> Sequence[Any]:
+        """Compute up to `batch` patches, tensors or arrays; inside of it nothing can be stopped."""
+        poll()
+        given = [torch.as_tensor(patch, device=self._device) for patch in patches]
+        given += given[-1:] * (self.batch - len(given))
+        result = self._compute(torch.stack(given))[: len(patches)]
+        return list(result) if self._tensors else [np.ascontiguousarray(one.float().numpy()) for one in result]
 
     @torch.inference_mode()
-    def __call__(self, patch: torch.Tensor | NDArray[np.float32], poll: Poll) -> Any:
-        """Compute one patch: a tensor on a GPU, an array on a processor."""
-        poll()
-        given = torch.as_tensor(patch, device=self._device)[None]
+    def _compute(self, given: torch.Tensor) -> torch.Tensor:
+        """Compute (batch, channels, z, y, x) to (batch, z, y, x, channels)."""
         if self._flat:
             given = given[:, :, 0]
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
-            result = self._network(given)[0]
-        result = result[:, None] if self._flat else result
-        last = result.movedim(0, -1)
-        return last if self._device.type == "cuda" else np.ascontiguousarray(last.float().numpy())
+        given = given.contiguous(memory_format=self._layout)
+        reduced = self._dtype != torch.float32
+        with (
+            torch.autocast(self._device.type, dtype=self._dtype, enabled=reduced),
+            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=reduced),
+        ):
+            result: torch.Tensor = self._network(given)
+        return (result[:, :, None] if self._flat else result).movedim(1, -1)

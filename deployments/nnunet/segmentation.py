@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 import torch
 from numpy.typing import NDArray
 
+from deployments.nnunet.body import body_blocks, union
 from deployments.nnunet.memory import NotEnoughMemory, free_memory
-from deployments.nnunet.predictor import Network, Precision
+from deployments.nnunet.predictor import Network, Precision, Shared
 from deployments.nnunet.weights import read_network_folder
 from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
 from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, TooLargeForMemory, WrongGrid
@@ -94,6 +97,36 @@ class ModelStore:
         return network
 
 
+@dataclass(frozen=True)
+class Guide:
+    """A coarser model that shows where to look.
+
+    Parameters
+    ----------
+    model : Model
+        Which one.
+    networks : sequence of Network
+        Its networks.
+    structures : tuple of int
+        What it looks for.
+    margin_mm : float
+        How far their box is grown, to each side.
+    """
+
+    model: Model
+    networks: Sequence[Network]
+    structures: tuple[int, ...]
+    margin_mm: float
+
+
+class Segmentation(NamedTuple):
+    """A mask on exactly the first input's grid, what is to be said about it, and how it was made."""
+
+    mask: LabelMap
+    warnings: list[str]
+    facts: dict[str, Any]
+
+
 def segment(
     inputs: Mapping[str, Volume],
     model: Model,
@@ -103,7 +136,9 @@ def segment(
     step_size: float | None = None,
     precision: Precision = "fast",
     structures: Sequence[int] | None = None,
-) -> tuple[LabelMap, list[str]]:
+    skip_air: bool = False,
+    guide: Guide | None = None,
+) -> Segmentation:
     """Segment an image, or several of one patient, with a model.
 
     Parameters
@@ -122,11 +157,16 @@ def segment(
         `exact`, `fast` or `draft`.
     structures : sequence of int, optional
         Label numbers that are wanted; networks that have none of them are not computed.
+    skip_air : bool
+        Of CT only: what is outside of the body is background, and tiles without any of it are not computed (`body.py`).
+    guide : Guide, optional
+        Segment only the box around what it finds.
 
     Returns
     -------
-    (LabelMap, list of str)
-        On exactly the first input's grid; and warnings.
+    Segmentation
+        Its facts are `tiles`, `tiles_skipped` and, with a guide, `roi`: the model, and the box in voxels (z, y, x) of the first
+        input, None where nothing was found.
 
     Raises
     ------
@@ -152,9 +192,18 @@ def segment(
         )
     first = inputs[names[0]]
     warnings = [*model.warnings, *_input_warnings(inputs, manifest)]
+    facts: dict[str, Any] = {}
     on_progress(0, 0, "preparing")
     aligned = [first, *(onto_grid(inputs[e.name], first, e.name, names[0], _outside(e.modality)) for e in manifest.inputs[1:])]
-    turned = [volume.reoriented(manifest.orientation) for volume in aligned]
+    box = None
+    if guide is not None:
+        box = _region(dict(zip(names, aligned, strict=True)), guide, networks, manifest.orientation, on_progress)
+        facts["roi"] = {"model": guide.model.describe(), "structures": list(guide.structures), "margin_mm": guide.margin_mm}
+        facts["roi"]["box"] = None if box is None else [[part.start, part.stop] for part in box]
+        if box is None:
+            found = f"{guide.model.manifest.id} found nothing that shows where to look"
+            warnings.append(f"roi: {found}, so the whole image was segmented.")
+    turned = [(_crop(volume, box) if box else volume).reoriented(manifest.orientation) for volume in aligned]
 
     merged: NDArray[np.unsignedinteger] | None = None
     needed = [
@@ -162,18 +211,20 @@ def segment(
         for entry, network in zip(manifest.networks, networks, strict=True)
         if wanted & set(entry.labels.values())
     ]
+    shared = Shared()
+    if skip_air and all(entry.modality == "CT" for entry in manifest.inputs):
+        shared.within = union([body_blocks(volume.array, volume.spacing_mm) for volume in turned])
     for index, (network, kept) in enumerate(needed):
         message = f"{manifest.id}, network {index + 1} of {len(needed)}" if len(needed) > 1 else manifest.id
 
         def on_tile(done: int, total: int, index: int = index, message: str = message) -> None:
             on_progress(index * total + done, len(needed) * total, message)
 
-        shape = "×".join(map(str, first.shape))
+        shape = "×".join(map(str, turned[0].shape))
         numbers = lookup_table(kept, max(network.plan.numbers) + 1)
+        arrays, spacing_mm = [volume.array for volume in turned], turned[0].spacing_mm
         try:
-            own = network.predict(
-                [v.array for v in turned], turned[0].spacing_mm, on_tile, step_size, precision=precision, numbers=numbers
-            )
+            own = network.predict(arrays, spacing_mm, on_tile, step_size, precision=precision, numbers=numbers, shared=shared)
         except NotEnoughMemory as error:
             raise TooLargeForMemory(
                 component=manifest.task, device=error.device, needed_mb=error.needed_mb, free_mb=error.free_mb, shape=shape
@@ -186,15 +237,92 @@ def segment(
         else:
             merged = merged.astype(np.promote_types(merged.dtype, own.dtype), copy=False)
             np.copyto(merged, own, where=own != 0)
+    facts |= {"tiles": shared.tiles, "tiles_skipped": shared.skipped}
     if merged is None:  # nothing was wanted
         merged = np.zeros(turned[0].shape, np.uint8)
     labels = tuple(number for number in manifest.labels if number in wanted)
     result = LabelMap(merged, turned[0].spacing_mm, turned[0].origin_mm, turned[0].direction, labels)
     # Turning back only flips and permutes; the input's own geometry is then put in its place to the last bit.
     array = np.ascontiguousarray(result.reoriented(first.axcodes).array)
+    if box is not None:
+        warnings += _cut_warnings(array, box, first.shape)
+        whole = np.zeros(first.shape, array.dtype)
+        whole[box] = array
+        array = whole
     mask = LabelMap(array, first.spacing_mm, first.origin_mm, first.direction, labels)
     warnings += _result_warnings(mask, dict(zip(names, aligned, strict=True)))
-    return mask, warnings
+    return Segmentation(mask, warnings, facts)
+
+
+Box = tuple[slice, slice, slice]
+
+
+def _region(
+    inputs: Mapping[str, Volume], guide: Guide, networks: Sequence[Network], orientation: str, on_progress: OnProgress
+) -> Box | None:
+    """Return the box around what a coarser model finds in a draft, grown by its margin; None where it finds nothing.
+
+    It is at least as large as a tile of the networks that will look there, where the image is: the tile costs the same, and its
+    borders are of the image instead of zeros.
+    """
+    coarse = guide.model.manifest
+    names = [entry.name for entry in coarse.inputs]
+    first = next(iter(inputs.values()))
+    given = {names[0]: first} if len(names) == 1 else {name: inputs[name] for name in names}
+    message = f"{coarse.id} looks for the region"
+    found = segment(
+        given,
+        guide.model,
+        guide.networks,
+        on_progress=lambda done, total, _: on_progress(0, 0, f"{message}, {done} of {total}" if total else message),
+        precision="draft",
+        structures=guide.structures,
+        skip_air=True,
+    ).mask.array
+    turned = first.reoriented(orientation)
+    tiles = [network.tile_voxels(turned.spacing_mm) for network in networks]
+    # The first input's array axis that each axis of the turned image is.
+    world = [axis for code in turned.axcodes[::-1] for axis, own in enumerate(first.axcodes[::-1]) if _same_axis(code, own)]
+    sides = []
+    for axis in range(3):
+        there = np.flatnonzero(found.any(tuple(other for other in range(3) if other != axis)))
+        if there.size == 0:
+            return None
+        margin = math.ceil(guide.margin_mm / first.spacing_mm[axis])
+        least = max(tile[world.index(axis)] for tile in tiles)
+        sides.append(_side(int(there[0]) - margin, int(there[-1]) + 1 + margin, least, first.shape[axis]))
+    return sides[0], sides[1], sides[2]
+
+
+def _same_axis(one: str, other: str) -> bool:
+    return any({one, other} <= set(pair) for pair in ("LR", "PA", "SI"))
+
+
+def _side(low: int, high: int, least: int, length: int) -> slice:
+    """Cut an interval to 0…`length`, and grow it to at least `least`, where there is room."""
+    low, high = max(0, low), min(length, high)
+    size = max(high - low, min(least, length))
+    low = min(max(0, low - (size - (high - low)) // 2), length - size)
+    return slice(low, low + size)
+
+
+def _crop(volume: Volume, box: Box) -> Volume:
+    """Return a part of a volume, at the same place in the world; a view of the same memory."""
+    origin = volume.index_to_world([part.start for part in box])
+    return Volume(volume.array[box], volume.spacing_mm, (origin[0], origin[1], origin[2]), volume.direction)
+
+
+def _cut_warnings(array: NDArray[np.unsignedinteger], box: Box, shape: Sequence[int]) -> list[str]:
+    """Say what touches a side of the box beyond which there is more of the image."""
+    cut: set[int] = set()
+    for axis, (part, length) in enumerate(zip(box, shape, strict=True)):
+        for inside, plane in ((part.start > 0, 0), (part.stop < length, -1)):
+            if inside:
+                cut |= set(np.unique(np.moveaxis(array, axis, 0)[plane]).tolist()) - {0}
+    if not cut:
+        return []
+    numbers = ", ".join(map(str, sorted(cut)))
+    return [f"roi: structures {numbers} reach the side of the region and may go on outside of it; try without roi."]
 
 
 def onto_grid(moving: Volume, fixed: Volume, moving_name: str, fixed_name: str, outside: float = _AIR_HU) -> Volume:

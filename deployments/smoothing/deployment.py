@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from deployments.smoothing.components import BASE, PREVIEW, PreviewParameters, SmoothParameters
@@ -16,14 +17,18 @@ from scangraph.stage import Report, Stage, StepOutput
 class Smoothing(Stage):
     """Masks to surfaces, and pictures of them."""
 
-    def __init__(self, settings: SmoothingSettings) -> None:
+    def __init__(self, settings: SmoothingSettings, cache: Path | None = None) -> None:
+        import numba
+
+        if cache is not None:
+            setattr(numba.config, "CACHE_DIR", str(cache / "numba"))  # noqa: B010 as in nnunet: before the loops are declared
         from deployments.smoothing import preview, surfaces, warming
 
         self._surfaces, self._preview = surfaces, preview
         self._threads = settings.threads or len(os.sched_getaffinity(0))
         super().__init__({BASE: self._smooth, PREVIEW: self._draw})
         # The first request need not wait for the compiler, nor the start for it.
-        threading.Thread(target=warming.compile_kernels, name="compile", daemon=True).start()
+        threading.Thread(target=warming.compile_kernels, args=(cache,), name="compile", daemon=True).start()
 
     def _smooth(self, inputs: Mapping[str, Any], parameters: SmoothParameters, report: Report) -> StepOutput:
         files = SceneFiles(parameters.formats, parameters.per_structure, parameters.zipped, parameters.glb_unit)

@@ -112,6 +112,7 @@ def write_manifest(folder: Path, name: str, task: Task, training_seeds: list[int
         "networks": [{"folder": "nnunet", "folds": ["0"], "labels": dict(enumerate(task.labels, start=1))}],
         "spacing_mm": list(task.spacing_mm),
         "mirroring": False,
+        **({} if task.roi is None else {"roi": task.roi}),
         "license": "Apache-2.0",
         "training_data": TRAINING_DATA.format(first=training_seeds[0], last=training_seeds[-1]),
         "metrics": {

@@ -15,6 +15,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from deployments.nnunet.weights import NetworkFolder, read_network_folder
 from scangraph import totalsegmentator
 from scangraph.contracts import label_table
 
@@ -131,6 +132,22 @@ def results_folder(
         weights = build(planned, described, configuration).state_dict()
         write_checkpoint(folder / f"fold_{fold}" / "checkpoint_final.pth", weights, trainer, configuration)
     return folder
+
+
+def flat_folder(parent: Path) -> NetworkFolder:
+    """Write and read a 2-D network."""
+    arguments = plans("Dataset043_Flat", (1.0, 1.0), 1)["configurations"]["3d_fullres"]["architecture"]
+    flat = {
+        "conv_op": CONV3D.replace("3d", "2d"),
+        "norm_op": NORM3D.replace("3d", "2d"),
+        "kernel_sizes": [[3, 3]] * 2,
+        "strides": [[1, 1], [2, 2]],
+    }
+    architecture = {**arguments, "arch_kwargs": {**arguments["arch_kwargs"], **flat}}
+    folder = results_folder(
+        parent, "Dataset043_Flat", configuration="2d", architecture=architecture, patch_size=[16, 16], spacing=(1.2, 1.3)
+    )
+    return read_network_folder(folder, ("0",))
 
 
 def build(planned: Mapping[str, Any], described: Mapping[str, Any], configuration: str) -> torch.nn.Module:

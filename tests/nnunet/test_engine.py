@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +23,18 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from deployments.nnunet.accumulate import Accumulator, DeviceAccumulator, Head, Target
+from deployments.nnunet import kernels
+from deployments.nnunet.accumulate import Accumulator, DeviceAccumulator, Head, Target, compile_kernels
+from deployments.nnunet.body import Blocks, needs
 from deployments.nnunet.memory import NotEnoughMemory, free_memory
 from deployments.nnunet.plan import build_network, read_plan
-from deployments.nnunet.predictor import Network, importance, nonzero_box, tile_positions
+from deployments.nnunet.predictor import Network, Precision, Shared, importance, nonzero_box, tile_positions
 from deployments.nnunet.resampling import Rule, cells, resample, spline_matrix
-from deployments.nnunet.runtimes import OpenVino, Torch, complete_state
+from deployments.nnunet.runtimes import OpenVino, Torch, complete_state, has_compiler, has_fast_bf16
 from deployments.nnunet.weights import NetworkFolder, read_network_folder
 from scangraph.contracts.errors import InvalidModel
-from tests.nnunet.folders import ORGANS, results_folder
+from tests.conftest import ROOT
+from tests.nnunet.folders import ORGANS, flat_folder, results_folder
 
 CPU = torch.device("cpu")
 SHAPES = [((9, 20, 31), (9, 20, 31)), ((9, 20, 31), (14, 13, 40)), ((24, 7, 5), (3, 21, 5)), ((1, 8, 8), (3, 5, 9))]
@@ -104,10 +111,8 @@ def test_tiles_lie_where_nnunet_puts_them(step_size: float) -> None:
     for shape in ((16, 16, 16), (17, 40, 33), (90, 16, 25)):
         expected = list(itertools.product(*compute_steps_for_sliding_window(shape, (16, 16, 16), step_size)))
         tiles = list(tile_positions(shape, (16, 16, 16), step_size))
-        assert [tile.origin for tile in tiles] == expected
-        assert tiles[-1].ends_before == shape[0]
-        for i, tile in enumerate(tiles):
-            assert all(later.origin[0] >= tile.ends_before for later in tiles[i + 1 :])
+        assert tiles == expected
+        assert [origin[0] for origin in tiles] == sorted(origin[0] for origin in tiles)  # a slice is done once the next begins
 
 
 @pytest.mark.parametrize("patch", [(16, 16, 16), (12, 20, 33)])
@@ -187,8 +192,9 @@ def test_tiles_add_up_to_their_weighted_mean(kind: str, late: bool) -> None:
         else Accumulator(shape, inner, patch[0], channels, head, target)
     )
     total, weights = np.zeros((*shape, channels)), np.zeros(shape)
-    for tile in tile_positions(shape, patch, 0.5):
-        where = tuple(slice(o, o + n) for o, n in zip(tile.origin, patch, strict=True))
+    for origin in tile_positions(shape, patch, 0.5):
+        where = tuple(slice(o, o + n) for o, n in zip(origin, patch, strict=True))
+        sums.finish(origin[0])
         for number, flips in enumerate([(False, False, False), (True, False, True)]):
             values = rng.normal(0, 3, (*patch, channels)).astype(np.float32)
             given: Any = values
@@ -197,10 +203,10 @@ def test_tiles_add_up_to_their_weighted_mean(kind: str, late: bool) -> None:
                 values = (given.astype(np.uint32) << 16).view(np.float32)
             elif kind == "device":
                 given = torch.from_numpy(values)
-            sums.add(given, gaussian, tile.origin, flips=flips, share=0.5, count=number == 0)
+            sums.add(given, gaussian, origin, flips=flips, share=0.5, count=number == 0)
             total[where] += np.flip(values, tuple(i for i in range(3) if flips[i])) * gaussian[..., None] / 2
             weights[where] += gaussian * (number == 0)
-        sums.finish(tile.ends_before)
+    sums.finish(shape[0])
     mean = (total / weights[..., None])[inner]
     if head is not None:
         mean = mean @ head.weight.numpy().T.astype(float) + head.bias.numpy()
@@ -312,19 +318,124 @@ def test_labels_equal_nnunets(case: dict[str, Any], tmp_path: Path) -> None:
     assert np.array_equal(renumbered, whole[found])
 
 
-def test_two_dimensional_networks(tmp_path: Path) -> None:
-    flat = {
-        "features_per_stage": [4, 8],
-        "conv_op": "torch.nn.modules.conv.Conv2d",
-        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-        "kernel_sizes": [[3, 3]] * 2,
-        "strides": [[1, 1], [2, 2]],
-    }
-    whole = folder_of({}, tmp_path / "a").plans["configurations"]["3d_fullres"]["architecture"]
-    architecture = {**whole, "arch_kwargs": {**whole["arch_kwargs"], **flat}}
-    folder = folder_of(
-        {"configuration": "2d", "architecture": architecture, "patch_size": [16, 16], "spacing": (1.2, 1.3)}, tmp_path / "b"
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_sums_kept_on_a_device_give_the_same_labels(case: dict[str, Any], tmp_path: Path) -> None:
+    """What runs on GPUs, on this processor: tiles in batches, sums whole, labels in slabs."""
+    folder, mirroring = folder_of(case, tmp_path), case.get("mirroring", False)
+    image = list(
+        np.round(300 * smooth((len(folder.dataset["channel_names"]), *case.get("shape", (30, 34, 28))), seed=4)).astype(
+            np.int16
+        )
     )
+    rings = Network(folder, CPU, mirroring=mirroring)
+    whole = Network(folder, CPU, mirroring=mirroring, on_device=True)
+    assert whole.runtimes(bf16=False)[0].batch > 1
+    seen: list[int] = []
+    for within in (None, ball((30, 34, 28)) if "shape" not in case else None):
+        expected, found = (
+            network.predict(
+                image,
+                (1.5, 1.0, 1.0),
+                lambda done, total: seen.append(done),
+                precision="exact",
+                shared=Shared(within=within),
+            )
+            for network in (rings, whole)
+        )
+        assert len(np.unique(expected)) > 1
+        # In another order of additions, in another library: a voxel on the very border may fall to the other side.
+        assert np.mean(found != expected) <= 1e-3
+
+
+def ball(shape: tuple[int, int, int], size: tuple[int, int, int] = (3, 2, 4)) -> Blocks:
+    """A mask of blocks that leaves out the corners, and a half of the image along its first axis."""
+    blocks = [-(-n // s) for n, s in zip(shape, size, strict=True)]
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in blocks], indexing="ij")
+    return Blocks(((z + 0.9) ** 2 + (y + 0.3) ** 2 + x**2) < 0.35, size)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_labels_inside_a_mask_are_the_same_bits(case: dict[str, Any], precision: Precision, tmp_path: Path) -> None:
+    folder = folder_of(case, tmp_path)
+    shape = case.get("shape", (60, 34, 28))
+    image = list(np.round(300 * smooth((len(folder.dataset["channel_names"]), *shape), seed=4)).astype(np.float32))
+    network = Network(folder, CPU, mirroring=case.get("mirroring", False))
+    whole = network.predict(image, (1.5, 1.0, 1.0), lambda *_: None, precision=precision)
+    shared = Shared(within=ball(shape))
+    found = network.predict(image, (1.5, 1.0, 1.0), lambda *_: None, precision=precision, shared=shared)
+    inside = np.ones(shape, np.uint8)
+    ball(shape).clear_outside(inside)
+    assert np.array_equal(found, whole * inside)
+    assert len(np.unique(found)) > 1
+    assert shared.skipped > 0 or min(shape) < 16 or case is CASES["thick slices in the plans"]  # a single layer of tiles
+    nothing = Shared(within=Blocks(np.zeros_like(ball(shape).inside), ball(shape).size))
+    assert not network.predict(image, (1.5, 1.0, 1.0), lambda *_: None, precision=precision, shared=nothing).any()
+    assert nothing.tiles == 0
+
+
+def test_no_tile_is_left_out_that_a_voxel_depends_on() -> None:
+    """Against the voxels themselves, one by one."""
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        own, image = rng.integers(6, 30, 3), rng.integers(6, 30, 3)
+        size = tuple(int(n) for n in rng.integers(1, 5, 3))
+        mask = Blocks(rng.random([-(-int(n + 3) // s) for n, s in zip(image, size, strict=True)]) < 0.01, size)  # type: ignore[arg-type]
+        along = [cells(int(a), int(b), int(rng.integers(0, 2))) for a, b in zip(own, image, strict=True)]
+        offset, inner = (
+            rng.integers(0, 4, 3),
+            [slice(int(b), int(b + n)) for b, n in zip(rng.integers(0, 3, 3), own, strict=True)],
+        )
+        patch = rng.integers(2, 7, 3)
+        origin = [int(rng.integers(0, part.stop + 1)) for part in inner]
+        holds = []
+        for axis in range(3):
+            low, high = (index + inner[axis].start for index in along[axis][:2])
+            held = range(origin[axis], origin[axis] + int(patch[axis]))
+            voxels = np.flatnonzero(np.isin(low, held) | np.isin(high, held)) + offset[axis]
+            holds.append(voxels // size[axis])
+        expected = bool(mask.inside[np.ix_(*holds)].any())
+        assert needs(mask, along, offset.tolist(), inner, origin, patch.tolist()) == expected
+
+
+def test_networks_that_prepare_alike_share_it(tmp_path: Path) -> None:
+    """The same image on the network's grid is made once, and is the same bits; where anything differs it is made again."""
+    alike = [Network(folder_of({}, tmp_path / str(n)), CPU, mirroring=False) for n in range(2)]
+    other = Network(folder_of({"spacing": (2.2, 1.4, 1.2)}, tmp_path / "other"), CPU, mirroring=False)
+    image = [np.round(300 * smooth((30, 34, 28), seed=4)).astype(np.float32)]
+    shared = Shared()
+    made = []
+    for network in (*alike, other):
+        alone = network.predict(image, (1.5, 1.0, 1.0), lambda *_: None)
+        assert np.array_equal(network.predict(image, (1.5, 1.0, 1.0), lambda *_: None, shared=shared), alone)
+        assert shared.prepared is not None
+        made.append(shared.prepared[1])
+    assert made[0] is made[1]
+    assert made[2] is not made[1]
+
+
+def test_all_loops_are_compiled_before_the_first_request(tmp_path: Path) -> None:
+    """Whatever is segmented afterwards, there is nothing left to compile."""
+    compile_kernels(tmp_path)
+    loops: list[Any] = [kernels.add_tile, kernels.take_slice, kernels.decide, kernels.fill_slices]
+    before = [len(loop.signatures) for loop in loops]
+    assert before == [2, 1, 1, 1]
+    image = np.round(300 * smooth((1, 30, 34, 28), seed=4)).astype(np.float32)
+    for name in ("folds of many classes", "regions", "transposed"):
+        network = Network(folder_of(CASES[name], tmp_path / name), CPU, mirroring=True)
+        for precision in ("exact", "fast"):
+            network.predict(
+                list(image[:, :, ::-1]),
+                (1.5, 1.0, 1.0),
+                lambda *_: None,
+                precision=precision,
+                numbers=np.arange(900, 950, dtype=np.uint16),
+            )
+    assert [len(loop.signatures) for loop in loops] == before
+
+
+def test_two_dimensional_networks(tmp_path: Path) -> None:
+    folder = flat_folder(tmp_path)
     image = np.round(300 * smooth((1, 7, 30, 25), seed=4)).astype(np.float32)
     for mirroring in (False, True):
         axes_folder = NetworkFolder(**{**vars(folder), "mirror_axes": (0, 1)})
@@ -336,13 +447,13 @@ def test_two_dimensional_networks(tmp_path: Path) -> None:
 
 
 def test_what_the_engine_does_not_have_is_refused(tmp_path: Path) -> None:
-    changes: tuple[dict[str, Any], ...] = (
-        {"previous_stage": "3d_lowres"},
-        {"resampling_fn_data": "no_resampling_hack"},
-        {"resampling_fn_probabilities_kwargs": {"order": 3, "order_z": 0}},
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"previous_stage": "3d_lowres"}, "second stage of a cascade and needs '3d_lowres' first"),
+        ({"resampling_fn_data": "no_resampling_hack"}, "no_resampling_hack"),
+        ({"resampling_fn_probabilities_kwargs": {"order": 3, "order_z": 0}}, "order 3"),
     )
-    for n, change in enumerate(changes):
-        with pytest.raises(InvalidModel):
+    for n, (change, why) in enumerate(changes):
+        with pytest.raises(InvalidModel, match=why):
             read_plan(folder_of(change, tmp_path / str(n)))
 
 
@@ -353,13 +464,68 @@ def test_torch_takes_over_where_openvino_is_not(tmp_path: Path) -> None:
         made = [Network(folder, CPU, mirroring=False, cache=tmp_path / "cache") for _ in range(2)]
         first, second = (network.runtimes(bf16=False)[0] for network in made)
         assert isinstance(first, OpenVino)
-        other = Torch(made[0]._networks[0], CPU, flat=False, dtype=torch.float32, compiled=False)
-        patch = smooth((1, 16, 16, 16))
-        expected = other(patch, lambda: None)
-        np.testing.assert_allclose(first(patch, lambda: None), expected, atol=2e-4)
-        np.testing.assert_allclose(second(patch, lambda: None), expected, atol=2e-4)
+        other = Torch(made[0]._networks[0], CPU, 1, (16, 16, 16), flat=False, dtype=torch.float32, compiled=False)
+        patch = [smooth((1, 16, 16, 16))]
+        (expected,) = other(patch, lambda: None)
+        np.testing.assert_allclose(first(patch, lambda: None)[0], expected, atol=2e-4)
+        np.testing.assert_allclose(second(patch, lambda: None)[0], expected, atol=2e-4)
     kept = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
     assert kept == [".bin", ".bin", ".xml", ".xml"]
+
+
+_WITHOUT_OPENVINO = """
+import os, sys
+sys.modules["openvino"] = None
+sys.path.insert(0, sys.argv[1])
+if sys.argv[3] == "no compiler":
+    os.environ["CXX"] = "there-is-no-such-compiler"
+elif sys.argv[3] == "a broken one":
+    os.environ["CXX"] = "false"
+import numpy as np, torch
+from pathlib import Path
+from deployments.nnunet.predictor import Network
+from deployments.nnunet.weights import read_network_folder
+torch.set_num_threads(1)
+network = Network(read_network_folder(Path(sys.argv[2]), ("0",)), torch.device("cpu"), mirroring=False)
+image = np.load(sys.argv[2] + "/image.npy")
+for precision in ("exact", "fast"):
+    print(network.engine(precision))
+    np.save(f"{sys.argv[2]}/{precision}.npy", network.predict([image], (1.5, 1.0, 1.0), lambda *_: None, precision=precision))
+"""
+
+
+@pytest.mark.parametrize("compiler", ["no compiler", "a broken one", "a compiler"])
+def test_without_openvino_torch_computes_as_fast_as_it_can(compiler: str, tmp_path: Path) -> None:
+    if compiler == "a compiler" and not has_compiler():
+        pytest.skip("there is no C++ compiler on this machine")
+    if compiler == "a broken one" and shutil.which("false") is None:
+        pytest.skip("there is no `false` on this machine")
+    folder = results_folder(tmp_path, spacing=(2.2, 1.4, 1.4))
+    image = np.round(300 * smooth((24, 26, 20), seed=4)).astype(np.float32)
+    np.save(folder / "image.npy", image)
+    command = [sys.executable, "-c", _WITHOUT_OPENVINO, str(ROOT), str(folder), compiler]
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    bf16 = "bfloat16" if has_fast_bf16() else "float32"
+    compiled = ", compiled" if compiler == "a compiler" else ""
+    assert done.stdout.splitlines() == [f"torch float32 on cpu{compiled}", f"torch {bf16} on cpu{compiled}"]
+    network = Network(read_network_folder(folder, ("0",)), CPU, mirroring=False)
+    for precision, most in (("exact", 2e-3), ("fast", 2e-2)):
+        expected = network.predict([image], (1.5, 1.0, 1.0), lambda *_: None, precision="exact")
+        assert np.mean(np.load(folder / f"{precision}.npy") != expected) <= most
+
+
+def test_what_multiplies_bfloat16_is_known_by_its_flags(tmp_path: Path) -> None:
+    for flags, fast in (
+        ("fpu avx2 avx512f", False),
+        ("avx512_bf16", True),
+        ("amx_tile amx_bf16", True),
+        ("fp asimd bf16", True),
+    ):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        assert has_fast_bf16(tmp_path / "cpuinfo") == fast
+    assert not has_fast_bf16(tmp_path / "none")
 
 
 def test_a_damaged_kept_network_is_made_again(tmp_path: Path) -> None:
@@ -367,7 +533,7 @@ def test_a_damaged_kept_network_is_made_again(tmp_path: Path) -> None:
     patch, results = smooth((1, 16, 16, 16)), []
     for _ in range(2):
         runtime = Network(folder, CPU, mirroring=False, cache=tmp_path / "cache").runtimes(bf16=False)[0]
-        results.append(runtime(patch, lambda: None).copy())
+        results.append(runtime([patch], lambda: None)[0].copy())
         for kept in (tmp_path / "cache").glob("*.xml"):
             kept.write_text(kept.read_text()[:100])
     np.testing.assert_array_equal(*results)

@@ -10,16 +10,18 @@ import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from deployments.nnunet.body import body_blocks
 from deployments.nnunet.plan import build_network
 from deployments.nnunet.predictor import Network, Precision
 from deployments.nnunet.runtimes import complete_state
-from deployments.nnunet.segmentation import ModelStore, onto_grid, segment
+from deployments.nnunet.segmentation import Guide, ModelStore, onto_grid, segment
 from deployments.nnunet.weights import read_network_folder
 from scangraph.contracts import LabelMap, Volume
 from scangraph.contracts.errors import InvalidParameters, ModelNotFound, WrongGrid
 from scangraph.demo import dice
-from scangraph.phantoms import Phantom
+from scangraph.phantoms import Phantom, make_phantom
 from tests.conftest import ROOT, constant_volume
+from tests.nnunet.folders import flat_folder
 
 SHIPPED = ROOT / "models"
 
@@ -35,14 +37,14 @@ def ignore(done: int, total: int, message: str) -> None:
 
 def run(store: ModelStore, task: str, **inputs: Volume) -> tuple[LabelMap, list[str]]:
     model, networks, _ = store.get(task, None)
-    return segment(inputs, model, networks, step_size=0.5, on_progress=ignore)
+    return segment(inputs, model, networks, step_size=0.5, on_progress=ignore)[:2]
 
 
 def test_ureters_of_a_phantom_on_exactly_its_grid(store: ModelStore, phantom: Phantom) -> None:
     seen: list[tuple[int, int, str]] = []
     model, networks, _ = store.get("inference/ureter", None)
     image = phantom.volumes["delayed"]
-    mask, warnings = segment({"image_D": image}, model, networks, step_size=0.5, on_progress=lambda *news: seen.append(news))
+    mask, warnings, _ = segment({"image_D": image}, model, networks, step_size=0.5, on_progress=lambda *news: seen.append(news))
     assert (mask.shape, mask.spacing_mm, mask.origin_mm, mask.direction) == (
         image.shape,
         image.spacing_mm,
@@ -186,7 +188,7 @@ def test_labels_of_several_networks_are_merged(store: ModelStore, phantom: Phant
     (entry,) = model.manifest.networks
     both = model.manifest.model_copy(update={"networks": (entry, entry.model_copy(update={"labels": {1: 208}}))})
     image = phantom.volumes["delayed"]
-    mask, _ = segment(
+    mask, *_ = segment(
         {"image_D": image}, replace_manifest(model, both), [*networks, *networks], step_size=1.0, on_progress=ignore
     )
     assert mask.labels == (206, 208)
@@ -196,9 +198,9 @@ def test_labels_of_several_networks_are_merged(store: ModelStore, phantom: Phant
 def test_only_what_is_wanted(store: ModelStore, phantom: Phantom) -> None:
     model, networks, _ = store.get("inference/totalseg", None)
     image = {"image": phantom.volumes["portal"]}
-    whole, _ = segment(image, model, networks, on_progress=ignore)
+    whole, *_ = segment(image, model, networks, on_progress=ignore)
     wanted = sorted(whole.counts())[:2]
-    some, _ = segment(image, model, networks, on_progress=ignore, structures=wanted)
+    some, *_ = segment(image, model, networks, on_progress=ignore, structures=wanted)
     assert some.labels == tuple(wanted)
     assert np.array_equal(some.array, np.where(np.isin(whole.array, wanted), whole.array, 0))
     with pytest.raises(InvalidParameters, match="205"):
@@ -214,6 +216,97 @@ def test_only_what_is_wanted(store: ModelStore, phantom: Phantom) -> None:
             structures=structures,
         )
     assert passes[-1] * 2 == max(passes)  # the other network was left out
+
+
+def test_what_is_far_from_the_body_is_not_computed(store: ModelStore, phantom: Phantom) -> None:
+    model, networks, _ = store.get("inference/ureter", None)
+    image = phantom.volumes["delayed"].reoriented("LPS")
+    lonely = replace(image, array=np.pad(image.array, ((0, 0), (0, 0), (0, 110)), constant_values=-1000))
+    whole, _, facts = segment({"image_D": lonely}, model, networks, on_progress=ignore)
+    assert facts["tiles_skipped"] == 0
+    found, _, fewer = segment({"image_D": lonely}, model, networks, on_progress=ignore, skip_air=True)
+    assert fewer["tiles_skipped"] > 0
+    assert fewer["tiles"] + fewer["tiles_skipped"] == facts["tiles"]
+    body = np.ones(lonely.shape, np.uint8)
+    body_blocks(lonely.array, lonely.spacing_mm).clear_outside(body)
+    assert np.array_equal(found.array, whole.array * body)
+    other = model.manifest.model_copy(
+        update={"inputs": tuple(entry.model_copy(update={"modality": "MR"}) for entry in model.manifest.inputs)}
+    )
+    _, _, none = segment({"image_D": lonely}, replace_manifest(model, other), networks, on_progress=ignore, skip_air=True)
+    assert none["tiles_skipped"] == 0  # what is air is known of CT only
+
+
+@pytest.fixture(scope="module")
+def patient() -> Phantom:
+    return make_phantom(4242, spacing_mm=(4.0, 3.0, 3.0), oblique=(0.0, 0.0, 0.0))
+
+
+def guide_of(store: ModelStore, structures: tuple[int, ...] = (2, 3), margin_mm: float = 20) -> Guide:
+    model, networks, _ = store.get("inference/totalseg", None)
+    return Guide(model, networks, structures, margin_mm)
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SAL"])
+def test_a_region_is_segmented_as_if_it_were_the_image(store: ModelStore, patient: Phantom, codes: str) -> None:
+    model, networks, _ = store.get("inference/ureter", None)
+    image = patient.volumes["delayed"].reoriented(codes)
+    found, _, facts = segment({"image_D": image}, model, networks, on_progress=ignore, guide=guide_of(store))
+    roi = facts["roi"]
+    assert roi["model"]["id"] == "totalseg-demo"
+    box = tuple(slice(*side) for side in roi["box"])
+    assert np.prod([part.stop - part.start for part in box]) < 0.8 * image.array.size
+    part = Volume(image.array[box], image.spacing_mm, tuple(image.index_to_world([p.start for p in box])), image.direction)
+    alone, _, _ = segment({"image_D": part}, model, networks, on_progress=ignore)
+    expected = np.zeros(image.shape, np.uint8)
+    expected[box] = alone.array
+    assert np.array_equal(found.array, expected)
+    assert found.same_grid(image)
+    kidneys = patient.truth["organs"].reoriented(codes).array
+    outside = np.ones(image.shape, bool)
+    outside[box] = False
+    assert not (np.isin(kidneys, (2, 3)) & outside).any()
+    # The box fills the networks' tile, or the image.
+    tile = networks[0].tile_voxels(image.reoriented("LPS").spacing_mm)
+    lengths = [p.stop - p.start for p in box] if codes == "LPS" else None
+    assert lengths is None or all(n >= min(t, whole) for n, t, whole in zip(lengths, tile, image.shape, strict=True))
+
+
+def test_where_no_region_is_found_the_whole_image_is_segmented(store: ModelStore, phantom: Phantom) -> None:
+    model, networks, _ = store.get("inference/ureter", None)
+    water = constant_volume(0, (30, 40, 40), (4.0, 3.0, 3.0))
+    mask, warnings, facts = segment({"image_D": water}, model, networks, on_progress=ignore, guide=guide_of(store))
+    assert facts["roi"]["box"] is None
+    assert any("the whole image was segmented" in warning for warning in warnings)
+    assert mask.same_grid(water)
+
+
+def test_what_a_region_cuts_is_said(store: ModelStore, phantom: Phantom) -> None:
+    """The box of one kidney's tile, and a model that finds large organs."""
+    model, networks, _ = store.get("inference/totalseg", None)
+    image = phantom.volumes["portal"]
+    larger = replace(image, array=np.pad(image.array, 30, mode="edge"))
+    _, warnings, facts = segment({"image": larger}, model, networks, on_progress=ignore, guide=guide_of(store, (2,), 0))
+    assert facts["roi"]["box"] is not None
+    assert any("reach the side of the region" in warning for warning in warnings)
+
+
+def test_two_dimensional_networks_are_models_like_others(tmp_path: Path, phantom: Phantom) -> None:
+    flat = flat_folder(tmp_path)
+    network = Network(flat, torch.device("cpu"), mirroring=False)
+    model, _, _ = ModelStore([SHIPPED], torch.device("cpu"), held=1).get("inference/ureter", None)
+    twice = replace_manifest(model, replace_networks(model, [{1: 206, 2: 2, 3: 3}]))
+    image = phantom.volumes["delayed"].reoriented("RAS")
+    mask, _, facts = segment({"image_D": image}, twice, [network], on_progress=ignore, precision="exact")
+    turned = image.reoriented("LPS")
+    expected = network.predict([turned.array], turned.spacing_mm, ignore_tile, precision="exact")
+    assert np.array_equal(mask.reoriented("LPS").array, np.array([0, 206, 2, 3], np.uint8)[expected])
+    assert facts["tiles"] >= image.shape[0]
+    assert len(mask.counts()) > 1
+
+
+def ignore_tile(done: int, total: int) -> None:
+    pass
 
 
 def replace_networks(model, labels):  # type: ignore[no-untyped-def]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
+
+from scangraph.memory import free_memory
 
 #: Left to everybody else.
 _RESERVE = 256 * 2**20
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Need(NamedTuple):
@@ -52,17 +50,6 @@ def check_memory(need: Need, device: torch.device) -> None:
         _refuse("main", need.labels, free_memory())
     else:
         _refuse("main", sum(need), free_memory())
-
-
-def free_memory() -> int:
-    """Return the bytes that this process may still take: of the machine, and of its cgroup."""
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((_CGROUP / "memory.max").read_text())  # "max" where there is none
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat.get("inactive_file", 0)))
-    return free
 
 
 def _refuse(device: str, needed: int, free: int) -> None:

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from deployments.nnunet.body import body_blocks, union
-from deployments.nnunet.memory import NotEnoughMemory, free_memory
+from deployments.nnunet.memory import NotEnoughMemory
 from deployments.nnunet.predictor import Network, Precision, Shared
 from deployments.nnunet.weights import read_network_folder
 from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
 from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, TooLargeForMemory, WrongGrid
+from scangraph.memory import free_memory
 from scangraph.models import Model, ModelManifest, choose_model, verify_files
 
 #: Below this part of common space two phases cannot be of one region.

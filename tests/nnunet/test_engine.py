@@ -26,13 +26,14 @@ from scipy import ndimage
 from deployments.nnunet import kernels
 from deployments.nnunet.accumulate import Accumulator, DeviceAccumulator, Head, Target, compile_kernels
 from deployments.nnunet.body import Blocks, needs
-from deployments.nnunet.memory import NotEnoughMemory, free_memory
+from deployments.nnunet.memory import NotEnoughMemory
 from deployments.nnunet.plan import build_network, read_plan
 from deployments.nnunet.predictor import Network, Precision, Shared, importance, nonzero_box, tile_positions
 from deployments.nnunet.resampling import Rule, cells, resample, spline_matrix
 from deployments.nnunet.runtimes import OpenVino, Torch, complete_state, has_compiler, has_fast_bf16
 from deployments.nnunet.weights import NetworkFolder, read_network_folder
 from scangraph.contracts.errors import InvalidModel
+from scangraph.memory import free_memory
 from tests.conftest import ROOT
 from tests.nnunet.folders import ORGANS, flat_folder, results_folder
 

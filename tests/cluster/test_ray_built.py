@@ -24,7 +24,7 @@ from scangraph.settings import load_settings
 
 if sys.argv[1] == "wrong":
     right = runtime_envs.pins
-    runtime_envs.pins = lambda stage: [p.replace("zmesh==", "zmesh==99.") for p in right(stage)]
+    runtime_envs.pins = lambda stage: [p.replace("numba==", "numba==99.") for p in right(stage)]
 settings = load_settings(environments="ray-built")
 
 from deployments.smoothing.deployment import Smoothing
@@ -38,7 +38,7 @@ environment = runtime_envs.runtime_env("smoothing", settings)
 deployment = serve.deployment(name="smoothing", ray_actor_options={"runtime_env": environment})
 serve.start(logging_config={"log_level": "ERROR"})
 try:
-    handle = serve.run(deployment(Smoothing).bind(), name="scangraph", route_prefix=None)
+    handle = serve.run(deployment(Smoothing).bind(settings.smoothing), name="scangraph", route_prefix=None)
 except RuntimeError:
     state = serve.status().applications["scangraph"]
     messages = "|".join(d.message for d in state.deployments.values())
@@ -86,4 +86,4 @@ def test_ray_builds_the_environment_and_the_stage_works(tmp_path: Path) -> None:
 def test_a_wrong_pin_names_stage_and_cause(tmp_path: Path) -> None:
     said = run("wrong", tmp_path)
     assert "STATUS DEPLOY_FAILED True" in said
-    assert "zmesh==99." in said
+    assert "numba==99." in said

@@ -37,6 +37,6 @@ class Smoothing(Stage):
     def _draw(self, inputs: Mapping[str, Any], parameters: PreviewParameters, report: Report) -> StepOutput:
         report(0, 1, "drawing")
         picture, warnings = self._preview.render_preview(
-            inputs["image"], inputs["mask"], inputs["scene"], title=parameters.title
+            inputs["scene"], inputs.get("image"), inputs.get("mask"), title=parameters.title
         )
         return StepOutput((picture,), tuple(warnings))

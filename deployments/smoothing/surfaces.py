@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from deployments.smoothing import touching
 from deployments.smoothing.decimation import decimate, split_quads
+from deployments.smoothing.distances import SurfaceDistance, boundary_points, distances_to_surface, summary
 from deployments.smoothing.fairing import connected_pieces, fair, move, restore_volumes, vertex_normals, volumes
 from deployments.smoothing.measuring import distances_to_boundary, genus, open_edges, sample, triangle_areas
 from deployments.smoothing.nets import Nets, extract
@@ -82,6 +83,8 @@ class Options:
         What the scene becomes when it is saved.
     workers : int
         Structures that are worked on at the same time.
+    surface_distance : callable
+        How distances to a surface are measured; see `distances`.
     """
 
     structures: tuple[int, ...] | None = None
@@ -96,6 +99,7 @@ class Options:
     strict: bool = False
     files: SceneFiles = field(default=SceneFiles())
     workers: int = 1
+    surface_distance: SurfaceDistance = distances_to_surface
 
 
 class _Mesh(NamedTuple):
@@ -247,6 +251,15 @@ class _Work:
     def all_triangles(self) -> int:
         return 2 * len(self.nets.quads) + len(self.nets.triangles)
 
+    def boundary(self, number: int) -> NDArray[np.float64]:
+        """Return points of the boundary of a structure's voxels, in mm."""
+        nets = self.nets
+        own, quads, triangles = (
+            slice(int(start[number]), int(start[number + 1]))
+            for start in (nets.vertex_start, nets.quad_start, nets.triangle_start)
+        )
+        return boundary_points(nets.corners[own], nets.quads[quads], nets.triangles[triangles]) * self.spacing
+
     def measured(self, number: int, mesh: _Mesh, pieces: int) -> dict[str, Any]:
         """Take a surface's measures; the box is in the mask's world."""
         vertices, triangles = mesh
@@ -263,11 +276,8 @@ class _Work:
             "watertight": open_edges(triangles) == 0,
             "components": pieces,
             "genus": genus(len(vertices), len(triangles), pieces),
-            "distance_mm": {
-                "mean": float(distances.mean()),
-                "p95": float(np.percentile(distances, 95)),
-                "max": float(distances.max()),
-            },
+            "distance_mm": summary(distances),
+            "distance_from_mask_mm": summary(self.options.surface_distance(self.boundary(number), vertices, triangles)),
             "touches_edge": number in self.at_edge,
         }
 

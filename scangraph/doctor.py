@@ -110,7 +110,9 @@ def _environments(settings: Settings) -> Iterator[Finding]:
 
 
 def _libraries(settings: Settings) -> Iterator[Finding]:
-    wanted = [("EGL", "the 3-D view of pictures", "libegl1 libgl1-mesa-dri", "make setup", "warning")]
+    wanted: list[tuple[str, str, str, str, Level]] = [
+        ("EGL", "the 3-D view of pictures", "libegl1 libgl1-mesa-dri", "make setup", "warning")
+    ]
     if settings.smoothing.open3d:
         wanted.append(("usb-1.0", "open3d", "libusb-1.0-0", "make setup-open3d", "error"))
     for name, purpose, packages, command, level in wanted:

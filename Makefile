@@ -5,10 +5,10 @@ DEV := .envs/dev/bin
 OUT ?= demo-output
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo serve test lint types train lock bench clean
+.PHONY: help setup setup-dev setup-open3d demo serve test lint types train lock bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## build the environments (.envs/<stage>) and fetch what the 3-D view needs
 	@$(PYTHON) runtime_envs/build.py
@@ -17,6 +17,10 @@ setup: ## build the environments (.envs/<stage>) and fetch what the 3-D view nee
 setup-dev: ## the same, with the environment for tests and notebooks
 	@$(PYTHON) runtime_envs/build.py base nnunet smoothing dev numpy1
 	@sh runtime_envs/system.sh
+
+setup-open3d: ## also the surface stage with open3d, an extra (SCANGRAPH_SMOOTHING__OPEN3D=true uses it)
+	@$(PYTHON) runtime_envs/build.py smoothing-open3d
+	@sh runtime_envs/system.sh open3d
 
 demo: setup ## run the main job: make demo [CT=path.nii.gz] [OUT=dir]
 	@$(BIN)/scangraph demo $(if $(CT),--ct "$(CT)") --out "$(OUT)"
@@ -51,6 +55,7 @@ bench: setup-dev ## measure again what benchmarks/README.md quotes
 	@$(DEV)/python -m benchmarks.smoothing.speed
 	@$(DEV)/python -m benchmarks.smoothing.quality
 	@$(DEV)/python -m benchmarks.smoothing.files
+	@$(DEV)/python -m benchmarks.smoothing.distances
 
 lock: ## resolve runtime_envs/*.in into the locks again
 	@$(PYTHON) runtime_envs/build.py --lock

@@ -16,17 +16,24 @@ class EnvironmentMissing(FatalError):
     """A stage's environment was not built."""
 
     code, title = "environment-missing", "A stage's environment is missing"
-    template = "The environment of stage {stage!r} is not there ({expected}). Build it with `make setup`."
+    template = "The environment of stage {stage!r} is not there ({expected}). Build it with `{command}`."
 
 
-def lock_of(stage: str) -> str:
-    """Name of the lock a stage runs from, without its ending."""
+def lock_of(stage: str, settings: Settings | None = None) -> str:
+    """Name of the lock a stage runs from, without its ending; settings may choose one with an extra."""
+    if stage == "smoothing" and settings is not None and settings.smoothing.open3d:
+        return "smoothing-open3d"
     return "base" if stage in SHARES_BASE else stage
 
 
-def pins(stage: str) -> list[str]:
-    """Exact pins of a stage, from its lock."""
-    lines = Path(__file__).with_name(f"{lock_of(stage)}.txt").read_text().splitlines()
+def command_for(lock: str) -> str:
+    """What builds the environment of a lock."""
+    return "make setup-open3d" if lock == "smoothing-open3d" else "make setup"
+
+
+def pins(lock: str) -> list[str]:
+    """Exact pins of a stage, or of a lock."""
+    lines = Path(__file__).with_name(f"{lock_of(lock)}.txt").read_text().splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -42,13 +49,14 @@ def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
     EnvironmentMissing
         If a prebuilt environment is not there.
     """
+    lock = lock_of(stage, settings)
     code = {"working_dir": f"local://{HOME}"}
     if settings.environments == "ray-built":
-        if lock_of(stage) == "base":
+        if lock == "base":
             return code  # the cluster's own interpreter has it
         overrides = str(Path(__file__).with_name("overrides.txt"))
-        return {"uv": {"packages": pins(stage), "uv_pip_install_options": ["--override", overrides]}, **code}
-    python = settings.environments_dir / lock_of(stage) / "bin" / "python"
+        return {"uv": {"packages": pins(lock), "uv_pip_install_options": ["--override", overrides]}, **code}
+    python = settings.environments_dir / lock / "bin" / "python"
     if not python.exists():
-        raise EnvironmentMissing(stage=stage, expected=str(python))
+        raise EnvironmentMissing(stage=stage, expected=str(python), command=command_for(lock))
     return {"py_executable": str(python), **code}

@@ -26,9 +26,11 @@ HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
 SERVING = ("base", "nnunet", "smoothing")
+#: Stages with more than they need, which a setting chooses; built only when they are named.
+EXTRAS = ("smoothing-open3d",)
 #: `dev` goes first and constrains the serving stages' locks, so that one environment can hold all of them for tests and
 #: notebooks; `numpy1`, an old interpreter for the pickling test, stands by itself.
-LOCKED = ("dev", *SERVING, "numpy1")
+LOCKED = ("dev", *SERVING, *EXTRAS, "numpy1")
 #: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
 TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)
 
@@ -127,7 +129,7 @@ def lock(uv: str, env: dict[str, str], stages: Sequence[str] = LOCKED) -> None:
         target = HERE / f"{stage}.txt"
         command = [uv, "pip", "compile", "-q", "--upgrade", "--python-version", "3.11", "--no-header", "--no-annotate"]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--override", str(HERE / "overrides.txt")]
-        if stage in SERVING:
+        if stage in (*SERVING, *EXTRAS):
             command += ["-c", str(HERE / "dev.txt")]
         run(f"resolving {stage}.in", [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
         pins = [line for line in target.read_text().splitlines() if not TORCH_BUILD_ONLY.match(line)]

@@ -1,13 +1,33 @@
 #!/bin/sh
-# Debian's libraries for drawing without a display; the rest of scangraph needs none of them.
-# Both are needed: EGL alone, without a driver behind it, ends the process that draws.
-has_egl() { ldconfig -p 2>/dev/null | grep -q 'libEGL\.so\.1'; }
+# Debian's libraries that Python packages expect from the system. `system.sh` looks after drawing without a display, of which both
+# parts are needed: EGL alone, without a driver behind it, ends the process that draws. `system.sh open3d` looks after that extra.
+# The rest of scangraph needs none of them.
+has_library() { ldconfig -p 2>/dev/null | grep -qF "$1"; }
 has_driver() { ls /usr/lib/*/dri/swrast_dri.so /usr/lib64/dri/swrast_dri.so /usr/share/glvnd/egl_vendor.d/*nvidia*.json 2>/dev/null | grep -q .; }
-has_egl && has_driver && exit 0
+
+case "${1:-drawing}" in
+drawing)
+    has_library libEGL.so.1 && has_driver && exit 0
+    packages="libegl1 libgl1-mesa-dri" purpose="the 3-D view" without="EGL or its driver is missing, so pictures will have no 3-D view"
+    ;;
+open3d)
+    all=yes # what libOpen3D.so is linked with, beside the C libraries
+    for library in libusb-1.0.so.0 libEGL.so.1 libGL.so.1 libX11.so.6 libudev.so.1 libidn2.so.0; do
+        has_library "$library" || all=no
+    done
+    [ $all = yes ] && exit 0
+    packages="libusb-1.0-0 libegl1 libgl1 libx11-6 libudev1 libidn2-0" purpose="open3d" without="a library of open3d's is missing, it cannot be imported"
+    ;;
+*)
+    echo "usage: system.sh [drawing|open3d]" >&2
+    exit 2
+    ;;
+esac
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
-    echo "installing libegl1 and Mesa for the 3-D view"
-    if { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends libegl1 libgl1-mesa-dri; } >/dev/null 2>&1; then
+    echo "installing $packages for $purpose"
+    # shellcheck disable=SC2086 - a list of words
+    if { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $packages; } >/dev/null 2>&1; then
         exit 0
     fi
 fi
-echo "note: EGL or its driver is missing, so pictures will have no 3-D view. Debian: apt-get install libegl1 libgl1-mesa-dri"
+echo "note: $without. Debian: apt-get install $packages"

@@ -105,7 +105,7 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
     calls["merged"] = graph.merge([calls[name] for name in MASKS], structures=once, on_progress=watch("merged"))
     calls["scene"] = graph.smooth(calls["merged"], on_progress=watch("scene"))
     calls["preview"] = graph.preview(
-        portal, calls["merged"], calls["scene"], title=f"scangraph · {patient.name}", on_progress=watch("preview")
+        calls["scene"], portal, calls["merged"], title=f"scangraph · {patient.name}", on_progress=watch("preview")
     )
 
     masks: dict[str, LabelMap] = {}

@@ -13,7 +13,7 @@ from typing import Literal
 
 import psutil
 
-from runtime_envs import lock_of
+from runtime_envs import command_for, lock_of
 from scangraph.cluster import port_is_free
 from scangraph.contracts.errors import InvalidModel
 from scangraph.models import installed_models, invalid_models, verify_files
@@ -102,17 +102,23 @@ def _environments(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "environments", "made by Ray on every node when a stage starts")
         return
     for stage in ("base", "nnunet", "smoothing"):
-        folder = settings.environments_dir / lock_of(stage)
+        lock = lock_of(stage, settings)
+        folder = settings.environments_dir / lock
         good = (folder / "scangraph-lock").exists()
-        text = f"{stage}: {'built' if good else 'missing or unfinished'}"
-        yield Finding("ok" if good else "error", "environments", text, "" if good else "Run `make setup`.")
+        text = f"{lock}: {'built' if good else 'missing or unfinished'}"
+        yield Finding("ok" if good else "error", "environments", text, "" if good else f"Run `{command_for(lock)}`.")
 
 
-def _libraries(_: Settings) -> Iterator[Finding]:
-    for name, purpose in (("EGL", "the 3-D view of pictures"),):
+def _libraries(settings: Settings) -> Iterator[Finding]:
+    wanted: list[tuple[str, str, str, str, Level]] = [
+        ("EGL", "the 3-D view of pictures", "libegl1 libgl1-mesa-dri", "make setup", "warning")
+    ]
+    if settings.smoothing.open3d:
+        wanted.append(("usb-1.0", "open3d", "libusb-1.0-0", "make setup-open3d", "error"))
+    for name, purpose, packages, command, level in wanted:
         found = ctypes.util.find_library(name)
-        mend = "" if found else "Debian: apt-get install libegl1 libgl1-mesa-dri (or run `make setup` as root)."
-        yield Finding("ok" if found else "warning", "libraries", f"{name} ({purpose}): {found or 'missing'}", mend)
+        mend = "" if found else f"Debian: apt-get install {packages} (or run `{command}` as root)."
+        yield Finding("ok" if found else level, "libraries", f"{name} ({purpose}): {found or 'missing'}", mend)
 
 
 def _port(settings: Settings) -> Iterator[Finding]:

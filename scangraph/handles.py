@@ -389,9 +389,15 @@ class Connection:
         return self.run("smoothing/base", {"mask": mask}, on_progress=on_progress, **parameters)
 
     def preview(
-        self, image: Image, mask: Mask, scene: Scene | Call[Scene], *, on_progress: OnProgress | None = None, **parameters: Any
+        self,
+        scene: Scene | Call[Scene],
+        image: Image | None = None,
+        mask: Mask | None = None,
+        *,
+        on_progress: OnProgress | None = None,
+        **parameters: Any,
     ) -> Call[bytes]:
-        """Draw slices, mask and scene as a PNG (`smoothing/preview`)."""
+        """Draw a scene, and slices of an image and a mask beside it, as a PNG (`smoothing/preview`)."""
         return self.run(
             "smoothing/preview", {"image": image, "mask": mask, "scene": scene}, on_progress=on_progress, **parameters
         )

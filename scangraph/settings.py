@@ -54,6 +54,7 @@ class SmoothingSettings(StageSettings):
     """The surface stage."""
 
     threads: int = Field(0, ge=0, description="structures that one scene works on at once, 0 for one on every core of the node")
+    open3d: bool = Field(False, description="run from the environment smoothing-open3d, and measure distances by open3d")
 
 
 class PostprocessSettings(StageSettings):

@@ -53,7 +53,7 @@ class Room:
 STAGES = {
     "imageio": "numpy pydantic isal",
     "nnunet": "numpy pydantic torch nnunetv2 safetensors SimpleITK scipy numba openvino psutil",
-    "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh numba matplotlib scipy",
+    "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh numba matplotlib scipy open3d",
     "postprocess": "numpy pydantic scipy skimage",
     "executor": "pydantic",
     "gateway": "pydantic fastapi starlette uvicorn limits python_multipart sqlalchemy",

@@ -64,13 +64,13 @@ BASE = Component(
 )
 PREVIEW = Component(
     id="smoothing/preview",
-    version="1.0.0",
+    version="2.0.0",
     title="Preview picture",
-    description="Draws three slices with the mask over them, and the scene with a legend.",
+    description="Draws the scene from the front, the left and above, with a legend; beside it three slices of image and mask.",
     deployment="smoothing",
     inputs=(
-        Port(name="image", kind="image", modality="CT", description="what the mask lies on"),
-        Port(name="mask", kind="mask", description="drawn over the slices"),
+        Port(name="image", kind="image", modality="CT", description="sliced beside the scene", optional=True),
+        Port(name="mask", kind="mask", description="drawn over the slices", optional=True),
         Port(name="scene", kind="scene", description="drawn in 3-D"),
     ),
     outputs=(Port(name="picture", kind="image2d", description="PNG"),),

@@ -22,10 +22,11 @@ class Smoothing(Stage):
 
         if cache is not None:
             setattr(numba.config, "CACHE_DIR", str(cache / "numba"))  # noqa: B010 as in nnunet: before the loops are declared
-        from deployments.smoothing import preview, surfaces, warming
+        from deployments.smoothing import distances, preview, surfaces, warming
 
         self._surfaces, self._preview = surfaces, preview
         self._threads = settings.threads or len(os.sched_getaffinity(0))
+        self._distance = distances.open3d_distances() if settings.open3d else distances.distances_to_surface
         super().__init__({BASE: self._smooth, PREVIEW: self._draw})
         # The first request need not wait for the compiler, nor the start for it.
         threading.Thread(target=warming.compile_kernels, args=(cache,), name="compile", daemon=True).start()
@@ -33,7 +34,7 @@ class Smoothing(Stage):
     def _smooth(self, inputs: Mapping[str, Any], parameters: SmoothParameters, report: Report) -> StepOutput:
         files = SceneFiles(parameters.formats, parameters.per_structure, parameters.zipped, parameters.glb_unit)
         chosen = parameters.model_dump(exclude={"formats", "per_structure", "zipped", "glb_unit"})
-        options = self._surfaces.Options(**chosen, files=files, workers=self._threads)
+        options = self._surfaces.Options(**chosen, files=files, workers=self._threads, surface_distance=self._distance)
         scene, warnings = self._surfaces.label_map_to_scene(inputs["mask"], options, report)
         finest = [surface for surface in scene.surfaces if surface.level == 0]
         facts = {"structures": len(finest), "triangles": sum(len(surface.faces) for surface in finest)}
@@ -42,6 +43,6 @@ class Smoothing(Stage):
     def _draw(self, inputs: Mapping[str, Any], parameters: PreviewParameters, report: Report) -> StepOutput:
         report(0, 1, "drawing")
         picture, warnings = self._preview.render_preview(
-            inputs["image"], inputs["mask"], inputs["scene"], title=parameters.title
+            inputs["scene"], inputs.get("image"), inputs.get("mask"), title=parameters.title
         )
         return StepOutput((picture,), tuple(warnings))

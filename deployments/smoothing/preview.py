@@ -1,4 +1,4 @@
-"""One picture that shows a result: three slices with the mask over them, and the scene with a legend."""
+"""One picture that shows a result: the scene from the front, the left and above, three slices beside it, and a legend."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from scangraph.contracts import LabelMap, Scene, Volume, label_number, label_of
@@ -24,8 +25,14 @@ from scangraph.contracts import LabelMap, Scene, Volume, label_number, label_of
 _WIDTH, _HEIGHT, _DPI = 1600, 900, 100
 _BACKGROUND, _PANEL, _TEXT, _MUTED, _ACCENT = "#0e1216", "#000000", "#e8ecef", "#8a949c", "#e8b23c"
 #: Boxes in pixels (left, top, width, height): the axial slice is wide, the others are tall.
-_AXIAL, _CORONAL, _SAGITTAL = (28, 76, 508, 352), (28, 440, 288, 432), (328, 440, 208, 432)
-_SCENE, _LEGEND = (556, 76, 728, 796), (1304, 76, 268, 796)
+_AXIAL, _CORONAL, _SAGITTAL = (28, 76, 420, 392), (28, 480, 240, 392), (280, 480, 168, 392)
+#: The views of the scene, with slices and without.
+_BESIDE_SLICES = ((460, 76, 520, 796), (992, 76, 300, 392), (992, 480, 300, 392))
+_ALONE = ((28, 76, 760, 796), (800, 76, 492, 392), (800, 480, 492, 392))
+_LEGEND = (1316, 76, 256, 796)
+#: Room for letters, name and scale bar around the scene in each view, in pixels.
+_SIDE, _ABOVE = 28, 42
+_BORDER, _LETTERS, _NAMES = "#232a31", "#c8d0d6", "#9aa4ac"
 #: Soft tissue: level 40, width 400 HU.
 _WINDOW_HU = (-160.0, 240.0)
 #: What the body is denser than; clothes, table and air around it are cut away.
@@ -46,21 +53,63 @@ _INNER = r"kidney.*|artery|vein|ureter|tumor|cyst|aorta|inferior_vena_cava|porta
 _SERIES = ((r"vertebrae_.*", "vertebrae"), (r"rib_left_.*", "ribs left"), (r"rib_right_.*", "ribs right"))
 #: Legend lines: as high as this where there are few, and no more than so many.
 _ROW_HEIGHT, _MOST_ROWS = 30.0, 48
+#: To which part of their size long names in it shrink before they are cut.
+_SMALLEST = 0.8
 _TIMEOUT_S = 180
+
+
+class View(NamedTuple):
+    """A way to look at a scene, in LPS.
+
+    Parameters
+    ----------
+    name : str
+    toward : (x, y, z)
+        Unit vector from the scene to who looks at it.
+    up : (x, y, z)
+        What is up in the picture.
+    letters : str
+        Sides of the patient: above, below, on the left and on the right of the picture.
+    """
+
+    name: str
+    toward: tuple[int, int, int]
+    up: tuple[int, int, int]
+    letters: str
+
+
+#: The patient's right is on the left in the front view, the axial and the coronal slice, and so it is from above, too: nobody
+#: has to swap sides within one picture.
+VIEWS = (
+    View("front", (0, -1, 0), (0, 0, 1), "SIRL"),
+    View("left", (1, 0, 0), (0, 0, 1), "SIAP"),
+    View("top", (0, 0, 1), (0, 1, 0), "PARL"),
+)
+Box = tuple[int, int, int, int]
 _PACKAGES = "Debian: apt-get install libegl1 libgl1-mesa-dri"
 
 
-def render_preview(image: Volume, mask: LabelMap, scene: Scene, *, title: str = "") -> tuple[bytes, list[str]]:
+class Rendered(NamedTuple):
+    """A view of a scene: RGB, (height, width, 3), and how long a pixel is."""
+
+    pixels: NDArray[np.uint8]
+    mm_per_pixel: float
+
+
+def render_preview(
+    scene: Scene, image: Volume | None = None, mask: LabelMap | None = None, *, title: str = ""
+) -> tuple[bytes, list[str]]:
     """Draw a result.
 
     Parameters
     ----------
-    image : Volume
-        CT in Hounsfield units, (z, y, x) or (c, z, y, x), of which the first channel is drawn.
-    mask : LabelMap
-        On any grid; looked up on the image's. Slices run along the image's own axes, so they are oblique where it is.
     scene : Scene
-        In any frame.
+        In any frame; its finest level of detail is drawn.
+    image : Volume, optional
+        CT in Hounsfield units, (z, y, x) or (c, z, y, x), of which the first channel is drawn.
+    mask : LabelMap, optional
+        On any grid; looked up on the image's. Slices run along the image's own axes, so they are oblique where it is. With
+        neither image nor mask there are no slices; the legend's volumes are the mask's, or the scene's where there is none.
     title : str
         Written above.
 
@@ -72,18 +121,22 @@ def render_preview(image: Volume, mask: LabelMap, scene: Scene, *, title: str = 
     warnings: list[str] = []
     figure = Figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
     FigureCanvasAgg(figure)
-    _draw_slices(figure, image, mask)
-    axes = _axes(figure, _SCENE)
-    axes.set_axis_off()
-    picture, problem = render_scene(scene, _SCENE[2:])
-    if picture is None:
+    boxes = _ALONE
+    if image is not None or mask is not None:
+        boxes = _BESIDE_SLICES
+        _draw_slices(figure, image, mask)
+    views, problem = render_scene(scene, [box[2:] for box in boxes])
+    if problem:
         warnings.append(f"The picture has no 3-D view: {problem}.")
+        left, top, _, height = boxes[0]
+        axes = _axes(figure, (left, top, boxes[1][0] + boxes[1][2] - left, height))
+        axes.set_axis_off()
         axes.text(0.5, 0.5, f"No 3-D view:\n{problem}", color=_MUTED, ha="center", va="center", fontsize=12, linespacing=1.6)
     else:
-        axes.imshow(picture, interpolation="none")
-        axes.text(0.015, 0.5, "R", color=_MUTED, fontsize=11, va="center", transform=axes.transAxes)
-        axes.text(0.985, 0.5, "L", color=_MUTED, fontsize=11, va="center", ha="right", transform=axes.transAxes)
-    _draw_legend(figure, mask)
+        bar_mm = _bar_length([0.3 * box[2] * view.mm_per_pixel for box, view in zip(boxes, views, strict=True)])
+        for box, view, rendered in zip(boxes, VIEWS, views, strict=True):
+            _draw_view(figure, box, view, rendered, bar_mm)
+    _draw_legend(figure, _legend(_named_volumes(scene, mask)))
     title = title or "scangraph"
     figure.text(
         28 / _WIDTH, 1 - 40 / _HEIGHT, title, color=_TEXT, fontsize=min(17, 1500 / len(title)), fontweight="bold", va="center",
@@ -95,35 +148,43 @@ def render_preview(image: Volume, mask: LabelMap, scene: Scene, *, title: str = 
         return buffer.getvalue(), warnings
 
 
-def render_scene(scene: Scene, size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, str]:
-    """Render a scene off screen, from the front and a little from the left, in a process of its own (see `rendering`).
+def render_scene(scene: Scene, sizes: Sequence[tuple[int, int]], views: Sequence[View] = VIEWS) -> tuple[list[Rendered], str]:
+    """Render a scene off screen from several sides, in one process of its own (see `rendering`).
 
     Parameters
     ----------
     scene : Scene
-        In any frame.
-    size : (width, height)
-        Pixels.
+        In any frame; its finest level of detail is drawn.
+    sizes : sequence of (width, height)
+        Pixels of each view.
+    views : sequence of View
+        From where.
 
     Returns
     -------
-    (ndarray, shape (height, width, 3), or None; str)
-        The picture, or why there is none.
+    (list of Rendered, str)
+        The pictures, in parallel projection; or none, and why.
     """
-    surfaces = [surface for surface in scene.in_frame("LPS").surfaces if len(surface.faces)]
+    surfaces = [surface for surface in scene.in_frame("LPS").surfaces if len(surface.faces) and surface.level == 0]
     if not surfaces:
-        return None, "the scene is empty"
+        return [], "the scene is empty"
     names = [surface.name for surface in surfaces]
+    vertices = np.concatenate([s.vertices_mm for s in surfaces])
+    middle, mm_per_pixel = _fit(vertices, sizes, views)
     with io.BytesIO() as buffer:
         np.savez(
             buffer,
-            vertices=np.concatenate([s.vertices_mm for s in surfaces]),
+            vertices=vertices,
             faces=np.concatenate([s.faces for s in surfaces]),
             counts=np.array([(len(s.vertices_mm), len(s.faces)) for s in surfaces]),
             colors=np.array([s.color for s in surfaces], np.uint8),
             opacity=_opacities(names),
-            size=np.array(size),
             background=np.frombuffer(bytes.fromhex(_BACKGROUND[1:]), np.uint8),
+            sizes=np.array(sizes),
+            toward=np.array([view.toward for view in views], np.float64),
+            up=np.array([view.up for view in views], np.float64),
+            middles=np.array([middle for _ in views]),
+            mm_per_pixel=mm_per_pixel,
         )
         parts = buffer.getvalue()
     environment = dict(os.environ)
@@ -134,11 +195,25 @@ def render_scene(scene: Scene, size: tuple[int, int]) -> tuple[NDArray[np.uint8]
     try:
         child = subprocess.run(command, input=parts, capture_output=True, timeout=_TIMEOUT_S, env=environment, check=False)
     except subprocess.TimeoutExpired:
-        return None, f"drawing took longer than {_TIMEOUT_S} s"
-    if child.returncode == 0:
-        with io.BytesIO(child.stdout) as received:
-            return np.asarray(np.load(received), np.uint8), ""
-    return None, _reason(child.returncode, child.stderr.decode(errors="replace"))
+        return [], f"drawing took longer than {_TIMEOUT_S} s"
+    if child.returncode != 0:
+        return [], _reason(child.returncode, child.stderr.decode(errors="replace"))
+    with io.BytesIO(child.stdout) as received, np.load(received) as pictures:
+        drawn = [np.asarray(pictures[f"arr_{number}"], np.uint8) for number in range(len(views))]
+    return [Rendered(pixels, float(scale)) for pixels, scale in zip(drawn, mm_per_pixel, strict=True)], ""
+
+
+def _fit(
+    vertices: NDArray[np.float32], sizes: Sequence[tuple[int, int]], views: Sequence[View]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return what is in the middle of every view, and mm per pixel, (K,), at which everything can be seen."""
+    low, high = vertices.min(axis=0).astype(np.float64), vertices.max(axis=0).astype(np.float64)
+    scales = []
+    for (width, height), view in zip(sizes, views, strict=True):
+        across = np.abs(np.cross(view.up, view.toward))
+        room = max(1, width - 2 * _SIDE), max(1, height - 2 * _ABOVE)
+        scales.append(max(float((high - low) @ across) / room[0], float((high - low) @ np.abs(view.up)) / room[1], 1e-6))
+    return (low + high) / 2, np.array(scales)
 
 
 def _opacities(names: Sequence[str]) -> NDArray[np.float64]:
@@ -161,37 +236,68 @@ def _reason(returncode: int, log: str) -> str:
     return f"OpenGL does not work on the server, drawing ended with signal {-returncode} ({_PACKAGES})"
 
 
-def _axes(figure: Figure, box: tuple[int, int, int, int]) -> Axes:
+def _axes(figure: Figure, box: Box) -> Axes:
     left, top, width, height = box
     return figure.add_axes((left / _WIDTH, 1 - (top + height) / _HEIGHT, width / _WIDTH, height / _HEIGHT))
 
 
-def _draw_slices(figure: Figure, image: Volume, mask: LabelMap) -> None:
+def _panel(figure: Figure, box: Box, name: str, letters: str, ground: str) -> Axes:
+    """Return axes with a border, a name, and what is above, below, left and right."""
+    axes = _axes(figure, box)
+    axes.set_facecolor(ground)
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_color(_BORDER)
+    # Readable over a picture, too.
+    patch = {"facecolor": ground, "alpha": 0.6, "linewidth": 0, "pad": 1.5}
+    style: dict[str, Any] = {"fontsize": 10, "color": _LETTERS, "transform": axes.transAxes, "va": "center", "bbox": patch}
+    across, down = 14 / box[2], 16 / box[3]
+    for letter, place in zip(letters, ((0.5, 1 - down), (0.5, down), (across, 0.5), (1 - across, 0.5)), strict=True):
+        axes.text(*place, letter, ha="center", **style)
+    axes.text(across / 2, 1 - down, name, **style | {"color": _NAMES})
+    return axes
+
+
+def _bar_length(rooms_mm: Sequence[float]) -> float:
+    """Return the longest 1, 2 or 5 times a power of ten, in mm, for which there is room in every view."""
+    room = min(rooms_mm)
+    power = 10.0 ** np.floor(np.log10(room))
+    return float(max(step * power for step in (1, 2, 5) if step * power <= room))
+
+
+def _draw_view(figure: Figure, box: Box, view: View, rendered: Rendered, bar_mm: float) -> None:
+    """Draw a view of the scene, and a scale bar in its lower left corner."""
+    axes = _panel(figure, box, view.name, view.letters, _BACKGROUND)
+    width, height = box[2:]
+    axes.imshow(rendered.pixels, interpolation="none", extent=(0, width, height, 0))
+    length = bar_mm / rendered.mm_per_pixel
+    axes.plot((14, 14 + length), (height - 13, height - 13), color=_LETTERS, lw=1.6, solid_capstyle="butt")
+    axes.text(14, height - 25, f"{bar_mm:g} mm", color=_LETTERS, fontsize=9, va="center")
+
+
+def _draw_slices(figure: Figure, image: Volume | None, mask: LabelMap | None) -> None:
     """Axial, coronal and sagittal, in radiological convention: the patient's right is on the left."""
-    mask = mask.on_grid_of(image).reoriented("LPS")
-    image = image.reoriented("LPS")
-    hounsfield = image.array if image.array.ndim == 3 else image.array[0]
+    if image is None:
+        assert mask is not None
+        mask = mask.reoriented("LPS")
+        spacing_mm, hounsfield = mask.spacing_mm, np.broadcast_to(np.float32(_WINDOW_HU[0]), mask.shape)
+    else:
+        if mask is None:
+            nothing = np.zeros(image.array.shape[-3:], np.uint8)
+            mask = LabelMap(nothing, image.spacing_mm, image.origin_mm, image.direction, labels=())
+        mask, image = mask.on_grid_of(image).reoriented("LPS"), image.reoriented("LPS")
+        spacing_mm, hounsfield = image.spacing_mm, image.array if image.array.ndim == 3 else image.array[0]
     z, y, x = _position(mask)
-    dz, dy, dx = image.spacing_mm
+    dz, dy, dx = spacing_mm
     # box, name, cut, where the other two slices lie in it (row, column), mm of a row and a column, letters
-    views: list[tuple[tuple[int, int, int, int], str, Any, tuple[int, int], tuple[float, float], str]] = [
+    views: list[tuple[Box, str, Any, tuple[int, int], tuple[float, float], str]] = [
         (_AXIAL, "axial", np.s_[z, :, :], (y, x), (dy, dx), "APRL"),
         (_CORONAL, "coronal", np.s_[::-1, y, :], (mask.shape[0] - 1 - z, x), (dz, dx), "SIRL"),
         (_SAGITTAL, "sagittal", np.s_[::-1, :, x], (mask.shape[0] - 1 - z, y), (dz, dy), "SIAP"),
     ]
     for box, name, cut, crossing, spacing, letters in views:
-        axes = _axes(figure, box)
-        axes.set_facecolor(_PANEL)
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_color("#232a31")
+        axes = _panel(figure, box, name, letters, _PANEL)
         _draw_slice(axes, hounsfield[cut], mask.array[cut], crossing, spacing, box[2] / box[3])
-        style: dict[str, Any] = {"fontsize": 10, "color": "#c8d0d6", "transform": axes.transAxes, "va": "center"}
-        across, down = 14 / box[2], 16 / box[3]
-        places = ((0.5, 1 - down), (0.5, down), (across, 0.5), (1 - across, 0.5))
-        for letter, place in zip(letters, places, strict=True):
-            axes.text(*place, letter, ha="center", **style)
-        axes.text(across / 2, 1 - down, name, **style | {"color": "#9aa4ac"})
 
 
 def _draw_slice(
@@ -263,30 +369,55 @@ def _position(mask: LabelMap) -> tuple[int, int, int]:
     return z, y, x
 
 
-def _legend(mask: LabelMap) -> list[tuple[str, tuple[float, float, float], float]]:
+Entry = tuple[str, tuple[float, float, float], float]
+
+
+def _named_volumes(scene: Scene, mask: LabelMap | None) -> dict[int, Entry]:
+    """Name, colour and mL of every label: the mask's, or where there is none the scene's."""
+    if mask is not None:
+        return {number: (mask.label(number).name, _color(number), ml) for number, ml in mask.volumes_ml().items()}
+    found = {}
+    for surface in scene.surfaces:
+        if surface.level == 0:
+            red, green, blue = surface.color
+            ml = surface.measures.get("voxel_volume_ml")
+            found[surface.label] = surface.name, (red / 255, green / 255, blue / 255), surface.volume_ml if ml is None else ml
+    return found
+
+
+def _legend(volumes: dict[int, Entry]) -> list[Entry]:
     """Lines of the legend: name, colour, mL. Series are one line; what was looked for comes first."""
     lines: dict[str, tuple[tuple[float, float, float], float]] = {}
-    volumes = mask.volumes_ml()
-    names = {number: mask.label(number).name for number in volumes}
-    for number in sorted(volumes, key=lambda n: (not re.fullmatch(_INNER, names[n]), -n if n > 200 else n)):
-        name = next((title for pattern, title in _SERIES if re.fullmatch(pattern, names[number])), names[number])
-        color, so_far = lines.get(name.replace("_", " "), (_color(number), 0.0))
-        lines[name.replace("_", " ")] = color, so_far + volumes[number]
+    for number in sorted(volumes, key=lambda n: (not re.fullmatch(_INNER, volumes[n][0]), -n if n > 200 else n)):
+        name, color, ml = volumes[number]
+        shown = next((title for pattern, title in _SERIES if re.fullmatch(pattern, name)), name).replace("_", " ")
+        first, so_far = lines.get(shown, (color, 0.0))
+        lines[shown] = first, so_far + ml
     return [(name, color, ml) for name, (color, ml) in lines.items()]
 
 
-def _draw_legend(figure: Figure, mask: LabelMap) -> None:
-    lines = _legend(mask)
+def _draw_legend(figure: Figure, lines: Sequence[Entry]) -> None:
     axes = _axes(figure, _LEGEND)
     axes.set(xlim=(0, _LEGEND[2]), ylim=(_LEGEND[3], 0))  # pixels
     axes.set_axis_off()
     shown = lines if len(lines) <= _MOST_ROWS else lines[: _MOST_ROWS - 1]
     row_height = min(_ROW_HEIGHT, _LEGEND[3] / max(len(lines[:_MOST_ROWS]), 1))
-    style: dict[str, Any] = {"fontsize": min(11.0, 0.5 * row_height), "va": "center"}
+    style: dict[str, Any] = {"fontsize": min(11.0, 0.5 * row_height), "va": "center", "parse_math": False}
     for row, (name, color, ml) in enumerate(shown):
         height = (row + 0.5) * row_height
         axes.add_patch(Circle((8, height), min(7.0, 0.34 * row_height), color=color, lw=0))
-        axes.text(26, height, name, color=_TEXT, **style)
-        axes.text(_LEGEND[2], height, f"{ml:.1f} mL", color=_MUTED, ha="right", **style)
+        volume = axes.text(_LEGEND[2], height, f"{ml:.1f} mL", color=_MUTED, ha="right", **style)
+        _shorten(axes.text(26, height, name, color=_TEXT, **style), _LEGEND[2] - 26 - volume.get_window_extent().width - 8)
     if len(shown) < len(lines):
         axes.text(26, (len(shown) + 0.5) * row_height, f"and {len(lines) - len(shown)} more", color=_MUTED, **style)
+
+
+def _shorten(text: Text, room: float) -> None:
+    """Make a text that needs more pixels than there are smaller, and if that does not do, cut its end."""
+    needed, whole = text.get_window_extent().width, text.get_text()
+    if needed > room:
+        text.set_fontsize(float(text.get_fontsize()) * max(room / needed, _SMALLEST))
+    for length in range(len(whole) - 1, 0, -1):
+        if text.get_window_extent().width <= room + 1:
+            return
+        text.set_text(f"{whole[:length].rstrip()}…")

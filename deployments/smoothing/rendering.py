@@ -2,15 +2,15 @@
 
 Where OpenGL is missing or broken VTK does not raise, it ends the process (9.7 without Mesa's drivers: signal 11). A child may
 die, and its memory goes with it. It imports nothing of ours, and so starts as quickly as VTK itself. `Parts` come in on stdin,
-the picture goes out on stdout.
+the pictures go out on stdout.
 """
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import vtkmodules.vtkRenderingOpenGL2  # noqa: F401 - registers OpenGL as what draws
@@ -29,21 +29,39 @@ from vtkmodules.vtkRenderingCore import (
 )
 
 #: vertices (V, 3) float32 in LPS mm and faces (F, 3) int32 of all surfaces one after the other, the faces counting within
-#: their own; counts (S, 2) of vertices and faces, colors (S, 3) uint8 and opacity (S,) of each; size (width, height) in pixels,
-#: background (3,) uint8.
+#: their own; counts (S, 2) of vertices and faces, colors (S, 3) uint8 and opacity (S,) of each; background (3,) uint8.
+#: Of every view: sizes (K, 2), width and height in pixels; toward (K, 3), the unit vector from the scene to who looks at it;
+#: up (K, 3), what is up in the picture; middles (K, 3), the LPS mm in its middle; mm_per_pixel (K,).
 Parts = Mapping[str, NDArray[Any]]
 
-#: Where the camera stands as seen from the middle: in front, a little to the patient's left and above.
-_FROM = np.array((0.34, -1.0, 0.16))
-_VIEW_ANGLE, _MARGIN = 22.0, 1.02
 #: Opacity that glass gains where it is seen edge-on.
 _RIM = 0.85
 #: Drawn so much larger and averaged down: smooth edges, with transparency too.
 _OVERSAMPLING = 2
 
 
-def draw(parts: Parts) -> NDArray[np.uint8]:
-    """Draw surfaces from the front.
+class _Glass(NamedTuple):
+    """A surface that lets what is behind it be seen, otherwise from every side."""
+
+    data: Any
+    normals: NDArray[np.float32]
+    color: NDArray[np.uint8]
+    opacity: float
+
+    def look_from(self, toward: NDArray[np.float64]) -> None:
+        """Make it clear where one looks straight at it and close it towards its rim, as in anatomical drawings.
+
+        Of equal opacity everywhere, ten organs in front of each other make one brown cloud.
+        """
+        facing = (self.normals @ toward.astype(np.float32)).clip(0, 1)
+        rgba = np.empty((len(facing), 4), np.uint8)
+        rgba[:, :3] = self.color
+        rgba[:, 3] = np.round(255 * (self.opacity + (1 - self.opacity) * _RIM * (1 - facing) ** 1.6))
+        self.data.GetPointData().SetScalars(numpy_to_vtk(rgba, deep=True))
+
+
+def draw(parts: Parts) -> list[NDArray[np.uint8]]:
+    """Draw surfaces in parallel projection, so that a millimetre is equally long everywhere.
 
     Parameters
     ----------
@@ -52,26 +70,17 @@ def draw(parts: Parts) -> NDArray[np.uint8]:
 
     Returns
     -------
-    ndarray, shape (height, width, 3)
-        RGB, the first row on top.
+    list of ndarray, shape (height, width, 3)
+        RGB of each view, the first row on top.
     """
-    width, height = map(int, parts["size"])
-    middle, eye = _camera(parts["vertices"], width / height)
     renderer = vtkRenderer()
     renderer.SetBackground(*(parts["background"] / 255))
-    for points, faces, color, opacity in _surfaces(parts):
-        renderer.AddActor(_actor(points, faces, color, opacity, eye))
-    lights = vtkLightKit()
+    glass = _add_surfaces(renderer, parts)
+    lights = vtkLightKit()  # they move with the camera
     lights.SetKeyLightIntensity(0.9)
     lights.SetKeyToFillRatio(2.6)
     lights.AddLightsToRenderer(renderer)
-    camera = renderer.GetActiveCamera()
-    camera.SetViewAngle(_VIEW_ANGLE)
-    camera.SetFocalPoint(*middle)
-    camera.SetPosition(*eye)
-    camera.SetViewUp(0, 0, 1)
-    renderer.ResetCameraClippingRange()
-    if (parts["opacity"] < 1).any():
+    if glass:
         renderer.SetUseDepthPeeling(True)
         renderer.SetMaximumNumberOfPeels(8)
         renderer.SetOcclusionRatio(0.02)
@@ -79,9 +88,28 @@ def draw(parts: Parts) -> NDArray[np.uint8]:
     window.SetOffScreenRendering(True)
     window.SetAlphaBitPlanes(True)
     window.SetMultiSamples(0)
-    window.SetSize(width * _OVERSAMPLING, height * _OVERSAMPLING)
     window.AddRenderer(renderer)
-    window.Render()
+    camera = renderer.GetActiveCamera()
+    camera.ParallelProjectionOn()
+    # Outside the scene: what is behind the camera is not drawn, in parallel projection either.
+    away = float(np.linalg.norm(np.ptp(parts["vertices"], axis=0))) + 1
+    pictures = []
+    names = ("sizes", "toward", "up", "middles", "mm_per_pixel")
+    for (width, height), toward, up, middle, scale in zip(*(parts[name] for name in names), strict=True):
+        for surface in glass:
+            surface.look_from(toward)
+        camera.SetFocalPoint(*middle)
+        camera.SetPosition(*(middle + away * toward))
+        camera.SetViewUp(*up)
+        camera.SetParallelScale(scale * height / 2)
+        renderer.ResetCameraClippingRange()
+        window.SetSize(int(width) * _OVERSAMPLING, int(height) * _OVERSAMPLING)
+        window.Render()
+        pictures.append(_grab(window, int(width), int(height)))
+    return pictures
+
+
+def _grab(window: Any, width: int, height: int) -> NDArray[np.uint8]:
     grab = vtkWindowToImageFilter()
     grab.SetInput(window)
     grab.ReadFrontBufferOff()
@@ -93,32 +121,32 @@ def draw(parts: Parts) -> NDArray[np.uint8]:
     return np.asarray(blocks.mean(axis=(1, 3)).round(), np.uint8)
 
 
-def _surfaces(parts: Parts) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.uint8], float]]:
+def _add_surfaces(renderer: Any, parts: Parts) -> list[_Glass]:
+    """Add every surface, and return those that change with the view."""
+    glass = []
     ends = np.cumsum(parts["counts"], axis=0)
     for (v, f), (v_end, f_end), color, opacity in zip(parts["counts"], ends, parts["colors"], parts["opacity"], strict=True):
-        points, faces = parts["vertices"][v_end - v : v_end], parts["faces"][f_end - f : f_end]
-        yield points, faces.astype(np.int64), color, float(opacity)
+        data = _with_normals(parts["vertices"][v_end - v : v_end], parts["faces"][f_end - f : f_end])
+        mapper, actor = vtkPolyDataMapper(), vtkActor()
+        mapper.SetInputData(data)
+        actor.SetMapper(mapper)
+        look = actor.GetProperty()
+        look.SetColor(*(color / 255))
+        look.SetSpecular(0.22)
+        look.SetSpecularPower(24)
+        if opacity < 1:
+            mapper.SetScalarModeToUsePointData()
+            actor.ForceTranslucentOn()
+            look.BackfaceCullingOn()  # its far side would only be seen through itself
+            glass.append(_Glass(data, vtk_to_numpy(data.GetPointData().GetNormals()), color, float(opacity)))
+        renderer.AddActor(actor)
+    return glass
 
 
-def _camera(vertices: NDArray[np.float32], aspect: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return focal point and position from which all vertices just fill the picture (width / height = `aspect`)."""
-    back = _FROM / np.linalg.norm(_FROM)
-    right = np.cross((0, 0, 1), back)
-    right /= np.linalg.norm(right)
-    frame = np.stack([right, np.cross(back, right), back], axis=1)
-    seen = vertices.astype(np.float64) @ frame
-    middle = (seen.min(axis=0) + seen.max(axis=0)) / 2
-    half = np.abs(seen[:, :2] - middle[:2]) / (np.tan(np.radians(_VIEW_ANGLE / 2)) * np.array([aspect, 1.0]))
-    distance = _MARGIN * float((half.max(axis=1) + seen[:, 2] - middle[2]).max())
-    return frame @ middle, frame @ (middle + np.array((0, 0, distance)))
-
-
-def _actor(
-    points: NDArray[np.float32], faces: NDArray[np.int64], color: NDArray[np.uint8], opacity: float, eye: NDArray[np.float64]
-) -> Any:
+def _with_normals(points: NDArray[np.float32], faces: NDArray[np.int32]) -> Any:
     places, cells, data = vtkPoints(), vtkCellArray(), vtkPolyData()
     places.SetData(numpy_to_vtk(np.ascontiguousarray(points), deep=True))
-    cells.SetData(3, numpy_to_vtkIdTypeArray(faces.ravel(), deep=True))
+    cells.SetData(3, numpy_to_vtkIdTypeArray(faces.astype(np.int64).ravel(), deep=True))
     data.SetPoints(places)
     data.SetPolys(cells)
     normals = vtkPolyDataNormals()
@@ -126,40 +154,19 @@ def _actor(
     normals.SplittingOff()
     normals.ConsistencyOff()
     normals.Update()
-    data = normals.GetOutput()
-    mapper, actor = vtkPolyDataMapper(), vtkActor()
-    mapper.SetInputData(data)
-    actor.SetMapper(mapper)
-    look = actor.GetProperty()
-    look.SetColor(*(color / 255))
-    look.SetSpecular(0.22)
-    look.SetSpecularPower(24)
-    if opacity < 1:
-        # Glass is clear where one looks straight at it and closes towards its rim, as in anatomical drawings; of equal opacity
-        # everywhere, ten organs in front of each other make one brown cloud.
-        toward = eye - points
-        toward /= np.linalg.norm(toward, axis=1, keepdims=True)
-        facing = np.einsum("ij,ij->i", toward, vtk_to_numpy(data.GetPointData().GetNormals())).clip(0, 1)
-        rgba = np.empty((len(points), 4), np.uint8)
-        rgba[:, :3] = color
-        rgba[:, 3] = np.round(255 * (opacity + (1 - opacity) * _RIM * (1 - facing) ** 1.6))
-        data.GetPointData().SetScalars(numpy_to_vtk(rgba, deep=True))
-        mapper.SetScalarModeToUsePointData()
-        actor.ForceTranslucentOn()
-        look.BackfaceCullingOn()  # its far side would only be seen through itself
-    return actor
+    return normals.GetOutput()
 
 
 def main() -> None:
-    """Read parts from stdin (npz), write the picture to stdout (npy)."""
+    """Read parts from stdin (npz), write the pictures to stdout (npz: arr_0, arr_1, …)."""
     if sys.platform != "win32":
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # where OpenGL is broken, dying is the answer: leave no core file
     with io.BytesIO(sys.stdin.buffer.read()) as received, np.load(received) as parts:
-        picture = draw(dict(parts))
+        pictures = draw(dict(parts))
     with io.BytesIO() as sent:
-        np.save(sent, picture)
+        np.savez(sent, *pictures)
         sys.stdout.buffer.write(sent.getvalue())
 
 

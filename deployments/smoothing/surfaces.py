@@ -20,6 +20,7 @@ from scipy import ndimage
 
 from deployments.smoothing import touching
 from deployments.smoothing.decimation import decimate, split_quads
+from deployments.smoothing.distances import SurfaceDistance, boundary_points, distances_to_surface, summary
 from deployments.smoothing.fairing import connected_pieces, fair, move, restore_volumes, vertex_normals, volumes
 from deployments.smoothing.measuring import distances_to_boundary, genus, open_edges, sample, triangle_areas
 from deployments.smoothing.nets import Nets, extract
@@ -39,6 +40,8 @@ _RESERVE = 256 * 2**20
 _MOST_LABELS = 255
 #: Each coarser level of detail has a quarter of the triangles, but no surface fewer than this.
 _LEVEL_PART, _LEAST_TRIANGLES = 4, 200
+#: Rounds in which structures that touch settle how much each gets of what lies between them.
+_BALANCINGS = 3
 #: Voxels that touch by a face or an edge are one piece, as their surfaces are.
 _CONNECTED = ndimage.generate_binary_structure(3, 2)
 #: The frame is not among them: a scene says it itself, and can be turned.
@@ -82,6 +85,8 @@ class Options:
         What the scene becomes when it is saved.
     workers : int
         Structures that are worked on at the same time.
+    surface_distance : callable
+        How distances to a surface are measured; see `distances`.
     """
 
     structures: tuple[int, ...] | None = None
@@ -96,6 +101,7 @@ class Options:
     strict: bool = False
     files: SceneFiles = field(default=SceneFiles())
     workers: int = 1
+    surface_distance: SurfaceDistance = distances_to_surface
 
 
 class _Mesh(NamedTuple):
@@ -247,6 +253,15 @@ class _Work:
     def all_triangles(self) -> int:
         return 2 * len(self.nets.quads) + len(self.nets.triangles)
 
+    def boundary(self, number: int) -> NDArray[np.float64]:
+        """Return points of the boundary of a structure's voxels, in mm."""
+        nets = self.nets
+        own, quads, triangles = (
+            slice(int(start[number]), int(start[number + 1]))
+            for start in (nets.vertex_start, nets.quad_start, nets.triangle_start)
+        )
+        return boundary_points(nets.corners[own], nets.quads[quads], nets.triangles[triangles]) * self.spacing
+
     def measured(self, number: int, mesh: _Mesh, pieces: int) -> dict[str, Any]:
         """Take a surface's measures; the box is in the mask's world."""
         vertices, triangles = mesh
@@ -263,11 +278,8 @@ class _Work:
             "watertight": open_edges(triangles) == 0,
             "components": pieces,
             "genus": genus(len(vertices), len(triangles), pieces),
-            "distance_mm": {
-                "mean": float(distances.mean()),
-                "p95": float(np.percentile(distances, 95)),
-                "max": float(distances.max()),
-            },
+            "distance_mm": summary(distances),
+            "distance_from_mask_mm": summary(self.options.surface_distance(self.boundary(number), vertices, triangles)),
             "touches_edge": number in self.at_edge,
         }
 
@@ -334,6 +346,8 @@ def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) 
             movement = movement - np.float32(options.gap_mm / 2) * normals
         places[where] += touching.fade(movement, shared.touches[where], *net.links)
         triangles_of[number] = np.concatenate([split_quads(places[where], net.quads), net.triangles])
+    if options.gap_mm == 0:
+        _balance(work, places, shared, ranges, triangles_of)
     if options.gap_mm > 0:  # nothing is shared any more
         apart = {number: _Mesh(places[ranges[number]], triangles_of[number]) for number in together}
         thin = _parallel(together, lambda n: _thinned(work, n, apart[n], pieces[n]), names, options.workers, on_progress)
@@ -357,6 +371,22 @@ def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) 
         for number, one in _parallel(together, finish, names, options.workers, on_progress):
             levels[number].append(one)
     return {**made, **levels}
+
+
+def _balance(
+    work: _Work, places: Floats, shared: touching.Shared, ranges: dict[int, slice], triangles_of: dict[int, Faces]
+) -> None:
+    """Move surfaces, in place, so that each structure comes nearer to its volume; shared boundaries by the mean of both wishes."""
+    nothing = np.empty((0, 4), np.int32)
+    for _ in range(_BALANCINGS):
+        movement = np.zeros_like(places)
+        for number, triangles in triangles_of.items():
+            own = np.ascontiguousarray(places[ranges[number]])
+            wanted = float(work.nets.voxels[number]) * work.mask.voxel_volume_mm3
+            has = float(volumes(own, nothing, triangles, np.zeros(len(own), np.int32), 1)[0])
+            step = np.clip((wanted - has) / float(triangle_areas(own, triangles).sum()), -work.farthest_mm, work.farthest_mm)
+            movement[ranges[number]] = np.float32(step) * vertex_normals(own, nothing, triangles)
+        places += touching.common_places(movement, shared)
 
 
 def _thinned(work: _Work, number: int, mesh: _Mesh, pieces: int) -> Levels:

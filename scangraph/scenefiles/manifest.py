@@ -54,7 +54,7 @@ class ManifestStructure(_Strict):
     measures: dict[str, Any] = Field(
         description="as far as they were taken: voxel_volume_ml and mesh_volume_ml; area_cm2; box_mm, lowest and highest "
         "corner in the scene's frame; watertight; genus; components; distance_mm to the mask's boundary (mean, p95, max); "
-        "touches_edge of the scan; warnings"
+        "distance_from_mask_mm, from there to the surface, which sees what it has lost; touches_edge of the scan; warnings"
     )
 
 

@@ -251,6 +251,24 @@ def test_built_in_pipelines_are_right() -> None:
     assert {"kidney", "aorta", "inferior_vena_cava"}.isdisjoint(labels[n] for n in taken)
 
 
+@pytest.mark.parametrize(
+    "beside", [{}, {"mask": "input.mask"}, {"image": "input.image"}, {"image": "input.image", "mask": "input.mask"}]
+)
+def test_any_pipeline_with_a_scene_can_end_with_its_picture(beside: dict[str, str]) -> None:
+    written = PipelineSpec.model_validate(
+        {
+            "name": "pictured",
+            "inputs": {"mask": {"kind": "mask"}, "image": {"kind": "image", "optional": True}},
+            "steps": [
+                {"id": "scene", "component": "smoothing/base", "inputs": {"mask": "input.mask"}},
+                {"id": "preview", "component": "smoothing/preview", "inputs": {"scene": "scene.scene", **beside}},
+            ],
+            "outputs": {"preview": "preview.picture"},
+        }
+    )
+    assert check_pipeline(written, {c.id: c for c in REAL}) == []
+
+
 def test_pipelines_without_their_components_are_not_offered() -> None:
     names = {s.name for s in built_in_pipelines([c for c in REAL if c.id != "postprocess/merge"], {})}
     assert "renal-planning" not in names

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime_envs import build
-from runtime_envs.build import HERE, LOCKED, SERVING, SetupError, fingerprint, uv_environment
+from runtime_envs.build import EXTRAS, HERE, LOCKED, SERVING, SetupError, fingerprint, uv_environment
 
 TINY = "tiny"
 
@@ -198,6 +198,15 @@ def test_serving_stages_are_parts_of_one_environment() -> None:
     for stage in SERVING:
         assert pins(stage).items() <= whole.items()
         assert {"ray", "numpy", "pydantic"} <= pins(stage).keys()
+
+
+def test_extras_have_the_same_pins_and_more() -> None:
+    assert not set(EXTRAS) & set(SERVING)  # so nothing builds them unasked
+    whole = pins("dev")
+    for extra in EXTRAS:
+        plain = pins(extra.partition("-")[0])
+        assert plain.items() < pins(extra).items()
+        assert not [name for name, version in pins(extra).items() if whole.get(name, version) != version]
 
 
 def test_the_old_interpreter_differs_in_numpy_alone() -> None:

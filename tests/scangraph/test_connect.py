@@ -51,7 +51,7 @@ def test_calls_pass_on_references_and_can_be_awaited(graph: Connection, phantom:
     mask, surfaces = asyncio.run(both())
     assert np.array_equal(mask.array, merge_label_maps([organs, vessels]).array)
     assert {s.label for s in surfaces.surfaces} == set(mask.counts())
-    picture = graph.preview(phantom.volumes["portal"], merged, scene).result(timeout=120)
+    picture = graph.preview(scene, phantom.volumes["portal"], merged).result(timeout=120)
     assert picture.startswith(b"\x89PNG")
 
 

@@ -376,7 +376,7 @@ def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) 
 def _balance(
     work: _Work, places: Floats, shared: touching.Shared, ranges: dict[int, slice], triangles_of: dict[int, Faces]
 ) -> None:
-    """Move surfaces, in place, so that each structure comes nearer to its volume; shared boundaries by the mean of both wishes."""
+    """Move surfaces, in place, towards each structure's volume; shared boundaries by the mean of both wishes."""
     nothing = np.empty((0, 4), np.int32)
     for _ in range(_BALANCINGS):
         movement = np.zeros_like(places)

@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
-SERVING = ("base", "nnunet", "smoothing")
+SERVING = ("base", "nnunet", "smoothing", "postprocess")
 #: `dev` goes first and constrains the serving stages' locks, so that one environment can hold all of them for tests and
 #: notebooks; `numpy1`, an old interpreter for the pickling test, stands by itself.
 LOCKED = ("dev", *SERVING, "numpy1")

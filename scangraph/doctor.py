@@ -101,7 +101,7 @@ def _environments(settings: Settings) -> Iterator[Finding]:
     if settings.environments == "ray-built":
         yield Finding("ok", "environments", "made by Ray on every node when a stage starts")
         return
-    for stage in ("base", "nnunet", "smoothing"):
+    for stage in ("base", "nnunet", "smoothing", "postprocess"):
         folder = settings.environments_dir / lock_of(stage)
         good = (folder / "scangraph-lock").exists()
         text = f"{stage}: {'built' if good else 'missing or unfinished'}"

@@ -34,6 +34,8 @@ _CAP = 0.8
 _BLUNT_MM = 2.0
 #: A piece is a vessel, and no speck, where its centreline is this many of its radii long.
 _ELONGATED = 2.0
+#: How much of a curve's direction at its ends is that of the straight line: ends lead only roughly where the vessel goes.
+_CHORD = 0.5
 #: Step of curves, mm.
 _STEP_MM = 0.25
 
@@ -90,6 +92,10 @@ class End:
         Unit vector; where the vessel would go on. Zero for a place on a side.
     room_mm : float
         How far back the vessel is free of forks: what its cross-section may be taken from.
+    tilt : (3,)
+        The end's face is a plane: where one goes across the axis by v, it lies `tilt @ v` further out.
+    rag_mm : float
+        How ragged the face is: standard deviation from the plane.
     """
 
     vertex: int
@@ -98,6 +104,8 @@ class End:
     outward: Floats
     radius_mm: float
     room_mm: float
+    tilt: Floats = field(default_factory=lambda: np.zeros(3))
+    rag_mm: float = 0.0
 
     @property
     def is_side(self) -> bool:
@@ -250,6 +258,7 @@ def find_ends(voxels: Voxels, lines: Centrelines, is_piece: NDArray[np.bool_]) -
     """Return the ends of the pieces; those at the scan's edge are none: there the vessel goes on outside."""
     ends = []
     last = np.array(voxels.shape) - 1
+    tree = cKDTree(voxels.position_mm)
     for vertex in np.flatnonzero(lines.degree == 1):
         if not is_piece[lines.piece[vertex]]:
             continue
@@ -258,8 +267,57 @@ def find_ends(voxels: Voxels, lines: Centrelines, is_piece: NDArray[np.bool_]) -
             continue
         end = _end_at(voxels, lines, int(vertex))
         if end is not None:
-            ends.append(end)
+            ends.append(_with_face(voxels, tree, end))
     return ends
+
+
+def _with_face(voxels: Voxels, tree: cKDTree, end: End) -> End:
+    """Fit a plane to an end's face and put the end's point where the axis meets it.
+
+    A cut is seldom square to its vessel: masks end at slices, and vessels cross those at all angles. The plane is fitted to the
+    foremost voxel of each column along the axis, with Tukey's weights: a ragged rim has holes and fingers.
+    """
+    width = float(voxels.spacing_mm.mean())
+    near = np.array(tree.query_ball_point(end.point_mm, 2.5 * end.radius_mm + 2 * width), np.int64)
+    near = near[voxels.piece[near] == end.piece]
+    offset = voxels.position_mm[near] - end.point_mm
+    along = offset @ end.outward
+    across = offset - along[:, None] * end.outward
+    # Only what lies right behind the face: further back the vessel may come from another side.
+    foremost = float(along[np.linalg.norm(across, axis=1) <= 0.7 * end.radius_mm + 0.5 * width].max(initial=0.0))
+    depth = 2.0 * end.radius_mm + width
+    inside = (np.linalg.norm(across, axis=1) <= 1.05 * end.radius_mm) & (along >= foremost - depth)
+    along, across = along[inside], across[inside]
+    e1 = np.cross(end.outward, np.eye(3)[np.argmin(np.abs(end.outward))])
+    e1 /= np.linalg.norm(e1)
+    e2 = np.cross(end.outward, e1)
+    uv = np.stack([across @ e1, across @ e2], axis=1)
+    cells = np.rint(uv / (1.2 * width)).astype(np.int64)
+    order = np.lexsort((-along, cells[:, 1], cells[:, 0]))
+    first = np.ones(len(order), bool)
+    first[1:] = (cells[order[1:]] != cells[order[:-1]]).any(axis=1)
+    front = order[first]
+    if len(front) < 5:
+        return end
+    # The foremost voxel's centre is, on the average, half a voxel behind the face.
+    height = along[front] + 0.5 * width * float(np.abs(end.outward).max())
+    design = np.column_stack([np.ones(len(front)), uv[front]])
+    weight = np.ones(len(front))
+    for _ in range(5):
+        normal = design.T @ (weight[:, None] * design) + np.diag([0.0, 0.5, 0.5]) * width**2  # few columns: rather square
+        fit = np.linalg.solve(normal, design.T @ (weight * height))
+        off = height - design @ fit
+        scale = max(0.4 * width, 1.4826 * float(np.median(np.abs(off))))
+        weight = np.clip(1 - (off / (4 * scale)) ** 2, 0, 1) ** 2 + 1e-6
+    slope = float(np.hypot(*fit[1:]))
+    shrink = min(1.0, 1.5 / slope) if slope > 0 else 1.0
+    tilt = shrink * (fit[1] * e1 + fit[2] * e2)
+    trusted = weight > 0.3
+    middle = uv[front][trusted].mean(axis=0) if trusted.sum() >= 3 else np.zeros(2)
+    middle *= min(1.0, 0.6 * end.radius_mm / max(1e-9, float(np.hypot(*middle))))
+    shift = middle[0] * e1 + middle[1] * e2
+    point = end.point_mm + shift + (fit[0] + float(tilt @ shift)) * end.outward
+    return replace(end, point_mm=point, tilt=tilt, rag_mm=float(min(scale, 1.5 * width)))
 
 
 def _end_at(voxels: Voxels, lines: Centrelines, vertex: int) -> End | None:
@@ -282,7 +340,7 @@ def _end_at(voxels: Voxels, lines: Centrelines, vertex: int) -> End | None:
         deep = float(depth[steps <= min(inner, 3.0 + 2.0 * deep)].max(initial=depth[0]))
     cap = float(steps[np.argmax(depth >= _CAP * deep)])
     core = steps[depth >= _CAP * deep]
-    if not forked and deep > _BLUNT_MM and core[-1] - core[0] < 1.2 * deep:
+    if not forked and deep > _BLUNT_MM and steps[-1] < 5 * deep and core[-1] - core[0] < 1.2 * deep:
         return None
     back = max(_LOOK_BACK_MM, _LOOK_BACK_RADII * deep)
     seen = (steps >= min(cap, inner)) & (steps <= max(inner, cap + 1.0)) & (steps <= cap + back)
@@ -503,8 +561,16 @@ class _Painter:
         offset = position - line[nearest]
         tangent = np.gradient(line, axis=0)
         tangent /= np.linalg.norm(tangent, axis=1)[:, None]
-        # Beyond either end of the curve the nearest point is the end itself: no caps.
+        # Between the faces, and in their ragged rims; beyond an end of the curve, only where its face leans out.
         within = np.abs(np.einsum("ij,ij->i", offset, tangent[nearest])) <= 0.75 * self._spacing.max()
+        for end in (a, b):
+            if not end.is_side:
+                rim = min(_RIM_MM, 1.5 * end.rag_mm)
+                ahead = position - end.point_mm
+                height = ahead @ end.outward
+                across = ahead - height[:, None] * end.outward
+                close = np.linalg.norm(ahead, axis=1) < 3 * end.radius_mm + 2
+                within &= ~(close & (height < across @ end.tilt - rim))
         u = np.einsum("ij,ij->i", offset, frames[nearest, 0])
         v = np.einsum("ij,ij->i", offset, frames[nearest, 1])
         t = nearest / (len(line) - 1)
@@ -519,9 +585,9 @@ class _Painter:
     def _section(self, end: End, frame: Floats, along: Floats) -> _Section:
         """Measure the cross-section behind an end: the mean of several, so that neither rim nor voxel shows."""
         reach = 1.9 * end.radius_mm + 1.5
-        first = _RIM_MM + 0.5 * end.radius_mm + 0.5 * float(self._spacing.max())
-        last = min(end.room_mm - 0.3, first + max(4.0, 1.5 * end.radius_mm, 2.5 * float(self._spacing.max())))
-        if last < first + 0.5:
+        first = 0.5 * float(self._spacing.mean()) + end.rag_mm
+        last = min(end.room_mm, first + max(2.5, 0.6 * end.radius_mm, 1.2 * float(self._spacing.max())))
+        if last < first + 0.2:
             return _Section.disc(end.radius_mm, reach)
         inward = -end.outward
         sample = np.linspace(-reach, reach, 2 * max(8, int(reach / (0.4 * float(self._spacing.min())))) + 1)
@@ -533,7 +599,8 @@ class _Painter:
         e1, e2 = turn @ frame[0], turn @ frame[1]
         depths = np.arange(first, last, max(0.5, 0.5 * float(self._spacing.min())))
         planes = end.point_mm + depths[:, None] * inward
-        points = planes[:, None, None, :] + uu[..., None] * e1 + vv[..., None] * e2
+        across = uu[..., None] * e1 + vv[..., None] * e2
+        points = planes[:, None, None, :] + across + (across @ end.tilt)[..., None] * end.outward
         low = np.maximum(np.floor(points.reshape(-1, 3).min(axis=0) / self._spacing) - 3, 0).astype(np.int64)
         high = np.minimum(np.ceil(points.reshape(-1, 3).max(axis=0) / self._spacing) + 4, self._shape).astype(np.int64)
         box = tuple(slice(p, q) for p, q in zip(low, high, strict=True))
@@ -624,9 +691,10 @@ class _Section:
 
 
 def _hermite(a: End, b: End) -> Floats:
-    """The curve from a little inside one end to a little inside the other, in steps of `_STEP_MM`."""
-    back_a = min(_RIM_MM + 0.5 * a.radius_mm, max(0.5, a.room_mm))
-    p0 = a.point_mm - back_a * a.outward
+    """The curve from inside one end to inside the other, in steps of `_STEP_MM`."""
+    p0 = a.point_mm - _back(a) * a.outward
+    chord = b.point_mm - a.point_mm
+    chord /= max(1e-9, float(np.linalg.norm(chord)))
     if b.is_side:
         p1 = b.point_mm
         length = float(np.linalg.norm(p1 - p0))
@@ -635,13 +703,18 @@ def _hermite(a: End, b: End) -> Floats:
         norm = float(np.linalg.norm(m1))
         m1 = m1 * (length / norm) if norm > 0 else m0
     else:
-        p1 = b.point_mm - min(_RIM_MM + 0.5 * b.radius_mm, max(0.5, b.room_mm)) * b.outward
+        p1 = b.point_mm - _back(b) * b.outward
         length = float(np.linalg.norm(p1 - p0))
-        m0, m1 = a.outward * length, -b.outward * length
+        m0, m1 = (((1 - _CHORD) * d + _CHORD * chord) * length for d in (a.outward, -b.outward))
     t = np.linspace(0, 1, max(3, int(np.ceil(1.1 * length / _STEP_MM))))[:, None]
     return np.asarray(
         (2 * t**3 - 3 * t**2 + 1) * p0 + (t**3 - 2 * t**2 + t) * m0 + (3 * t**2 - 2 * t**3) * p1 + (t**3 - t**2) * m1
     )
+
+
+def _back(end: End) -> float:
+    """How far inside an end its curve begins: behind the rim, and behind what a slanting face lacks."""
+    return min(_RIM_MM + end.radius_mm * (0.3 + float(np.linalg.norm(end.tilt))), max(0.5, end.room_mm))
 
 
 def _frames(line: Floats) -> Floats:

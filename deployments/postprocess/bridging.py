@@ -139,6 +139,8 @@ class Bridge:
         Its centreline, from inside one end to inside the other.
     voxels : (m, 3) int
         Background that is painted.
+    labels : (int, int)
+        Of the start and of the stop.
     evidence : float or None
         Part (0…1) of the painted voxels whose HU fit the vessel's, where there is a CT.
     """
@@ -147,6 +149,8 @@ class Bridge:
     line_mm: Floats
     voxels: NDArray[np.int64]
     confidence: float
+    labels: tuple[int, int]
+    spacing_mm: Floats
     evidence: float | None = None
 
     @property
@@ -218,7 +222,7 @@ def repair(
     ends = find_ends(voxels, lines, is_piece)
     candidates, turned_down = find_candidates(lines, ends, is_piece, limits)
     found.rejected += turned_down
-    painter = _Painter(array, numbers, voxels, is_piece, hu)
+    painter = Painter(array, numbers, voxels, is_piece, hu)
     joined = np.arange(voxels.pieces)
     used: set[int] = set()
     for candidate in sorted(candidates, key=lambda c: c.cost):
@@ -453,7 +457,7 @@ def _end_to_side(end: End, lines: Centrelines, vertex: int, limits: Limits, *, b
 # --- the way and the shape ----------------------------------------------------------------------------------------------------
 
 
-class _Painter:
+class Painter:
     """Draws bridges into the background."""
 
     def __init__(
@@ -494,7 +498,25 @@ class _Painter:
         if evidence is not None:
             # Without contrast in the gap nothing is proved: it halves the confidence at most, and certainty doubles it.
             confidence = min(1.0, confidence * (0.5 + 1.5 * evidence))
-        return Bridge(candidate, line, voxels, confidence, evidence), None
+        labels = self._label(a), self._label(b)
+        return Bridge(candidate, line, voxels, confidence, labels, self._spacing, evidence), None
+
+    def to_structure(self, candidate: Candidate, numbers: Sequence[int]) -> Bridge | None:
+        """Lead an end to a voxel of another structure; None where something else is in the way."""
+        a, b = candidate.start, candidate.stop
+        line = _hermite(a, b)
+        index = np.unique(np.rint(line / self._spacing).astype(np.int64), axis=0)
+        if not np.isin(self._array[tuple(index.T)], (0, *self._numbers, *numbers)).all():
+            return None
+        label = self._label(a)
+        voxels = self._apart(self._paint(line, a, b), a, b)
+        return Bridge(candidate, line, voxels, candidate.confidence, (label, label), self._spacing)
+
+    def _label(self, end: End) -> int:
+        """The label at an end."""
+        own = self._voxels.piece == end.piece
+        distance = ((self._voxels.position_mm[own] - end.point_mm) ** 2).sum(axis=1)
+        return int(self._array[tuple(self._voxels.index[own][distance.argmin()])])
 
     def _blocked(self, line: Floats, a: End, b: End) -> bool:
         """Whether another structure, or a third piece, lies on the line."""
@@ -740,6 +762,3 @@ def _turn(a: Floats, b: Floats) -> Floats:
         return np.asarray(np.eye(3))
     skew = np.array([[0, -cross[2], cross[1]], [cross[2], 0, -cross[0]], [-cross[1], cross[0], 0]])
     return np.asarray(np.eye(3) + skew + skew @ skew / (1 + cos))
-
-
-__all__ = ["Bridge", "Candidate", "End", "Limits", "Rejection", "Repair", "repair", "replace"]

@@ -243,3 +243,94 @@ def components(linked):  # type: ignore[no-untyped-def]  # pragma: no cover – 
                     top += 1
         count += 1
     return number
+
+
+@numba.njit(cache=True, nogil=True)
+def warp_labels(out, source, keep, matrix, offset, field, field_matrix, field_offset):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+    """Paint the background of `out` with what `source` has where a map leads.
+
+    Parameters
+    ----------
+    out, source : unsigned, (z, y, x)
+        Only voxels of `out` that are 0 are painted.
+    keep : bool, (numbers,)
+        Which of the source's labels come along.
+    matrix, offset : float64, (3, 3) and (3,)
+        Affine map from index in `out` to index in `source`.
+    field : float32, (3, a, b, c)
+        Added to the mapped index; trilinear between its nodes, held at the border.
+    field_matrix, field_offset : float64, (3,) and (3,)
+        Index in `out` to index in `field`, per axis.
+
+    Returns
+    -------
+    painted : int64
+    """
+    nz, ny, nx = out.shape
+    sz, sy, sx = source.shape
+    fa, fb, fc = field.shape[1:]
+    painted = 0
+    for z in range(nz):
+        az = min(max(field_matrix[0] * z + field_offset[0], 0.0), fa - 1.000001)
+        i = int(az)
+        wz = az - i
+        for y in range(ny):
+            ay = min(max(field_matrix[1] * y + field_offset[1], 0.0), fb - 1.000001)
+            j = int(ay)
+            wy = ay - j
+            for x in range(nx):
+                if out[z, y, x] != 0:
+                    continue
+                # A glance at where the affine map alone leads: most of a CT is far outside the template.
+                pz = matrix[0, 0] * z + matrix[0, 1] * y + matrix[0, 2] * x + offset[0]
+                py = matrix[1, 0] * z + matrix[1, 1] * y + matrix[1, 2] * x + offset[1]
+                px = matrix[2, 0] * z + matrix[2, 1] * y + matrix[2, 2] * x + offset[2]
+                if pz < -40 or py < -40 or px < -40 or pz > sz + 40 or py > sy + 40 or px > sx + 40:
+                    continue
+                ax = min(max(field_matrix[2] * x + field_offset[2], 0.0), fc - 1.000001)
+                k = int(ax)
+                wx = ax - k
+                moved = np.empty(3)
+                for a in range(3):
+                    front = (1 - wx) * ((1 - wy) * field[a, i, j, k] + wy * field[a, i, j + 1, k]) + wx * (
+                        (1 - wy) * field[a, i, j, k + 1] + wy * field[a, i, j + 1, k + 1]
+                    )
+                    back = (1 - wx) * ((1 - wy) * field[a, i + 1, j, k] + wy * field[a, i + 1, j + 1, k]) + wx * (
+                        (1 - wy) * field[a, i + 1, j, k + 1] + wy * field[a, i + 1, j + 1, k + 1]
+                    )
+                    moved[a] = (1 - wz) * front + wz * back
+                iz = int(np.floor(pz + moved[0] + 0.5))
+                iy = int(np.floor(py + moved[1] + 0.5))
+                ix = int(np.floor(px + moved[2] + 0.5))
+                if iz < 0 or iy < 0 or ix < 0 or iz >= sz or iy >= sy or ix >= sx:
+                    continue
+                number = source[iz, iy, ix]
+                if keep[number]:
+                    out[z, y, x] = number
+                    painted += 1
+    return painted
+
+
+@numba.njit(cache=True, nogil=True)
+def paint_balls(out, centres, radii, spacing, number):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+    """Paint balls (box millimetres) into the background; return how many voxels were painted."""
+    painted = 0
+    for n in range(len(centres)):
+        r = radii[n]
+        low = np.empty(3, np.int64)
+        high = np.empty(3, np.int64)
+        for a in range(3):
+            low[a] = max(0, int(np.floor((centres[n, a] - r) / spacing[a])))
+            high[a] = min(out.shape[a] - 1, int(np.ceil((centres[n, a] + r) / spacing[a])))
+        for z in range(low[0], high[0] + 1):
+            for y in range(low[1], high[1] + 1):
+                for x in range(low[2], high[2] + 1):
+                    d = (
+                        (z * spacing[0] - centres[n, 0]) ** 2
+                        + (y * spacing[1] - centres[n, 1]) ** 2
+                        + (x * spacing[2] - centres[n, 2]) ** 2
+                    )
+                    if d <= r * r and out[z, y, x] == 0:
+                        out[z, y, x] = number
+                        painted += 1
+    return painted

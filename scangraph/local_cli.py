@@ -225,25 +225,24 @@ def _match_inputs(component: Component, given: list[str]) -> dict[str, list[Path
 
 
 def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) -> Iterator[Path]:
-    """Write what a call gave, named after the component; an existing file is replaced."""
+    """Write what a call gave, named after the component, and after the port where there are several; replaces what is there."""
     from scangraph.obj import write_obj
 
     stem = component.id.rpartition("/")[2]
-    kind = component.outputs[0].kind
-    if kind in {"image", "mask"}:
-        path = folder / f"{stem}.nii.gz"
-        path.write_bytes(graph.encode(call))
-        yield path
-    elif kind == "scene":
-        for path, content in zip(
-            (folder / f"{stem}.obj", folder / f"{stem}.mtl"), write_obj(call.result(), f"{stem}.mtl"), strict=True
-        ):
+    for place, port in enumerate(component.outputs):
+        one = call if place == 0 else call.output(port.name)
+        name = stem if place == 0 else f"{stem}-{port.name}"
+        if port.kind in {"image", "mask"}:
+            files = {f"{name}.nii.gz": graph.encode(one)}
+        elif port.kind == "scene":
+            obj, mtl = write_obj(one.result(), f"{name}.mtl")
+            files = {f"{name}.obj": obj, f"{name}.mtl": mtl}
+        else:
+            files = {f"{name}.{'json' if port.kind == 'report' else 'png'}": one.result()}
+        for file, content in files.items():
+            path = folder / file
             path.write_bytes(content)
             yield path
-    else:
-        path = folder / f"{stem}.png"
-        path.write_bytes(call.result())
-        yield path
 
 
 @app.command()

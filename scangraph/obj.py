@@ -19,7 +19,7 @@ _ROWS = 1 << 15
 
 
 def write_obj(scene: Scene, mtl_name: str = "scene.mtl") -> tuple[bytes, bytes]:
-    """Write a scene, one object, group and material per structure.
+    """Write a scene, one object, group and material per structure; centrelines as line elements.
 
     Parameters
     ----------
@@ -55,6 +55,18 @@ def write_obj(scene: Scene, mtl_name: str = "scene.mtl") -> tuple[bytes, bytes]:
         ]
         parts += [_lines("f", rows.astype(np.int64) + first) for rows in _blocks(surface.faces)]
         first += len(surface.vertices_mm)
+    for line in scene.lines:
+        if not np.isfinite(line.points_mm).all():
+            raise ValueError(f"{line.name} has points that are not finite")
+        name = "_".join(line.name.split()) + "_centreline"
+        red, green, blue = (c / 255 for c in line.color)
+        materials.append(f"newmtl {name}\nKd {red:.4f} {green:.4f} {blue:.4f}\nd 1.0\n")
+        parts.append(f"o {name}\ng {name}\nusemtl {name}\n".encode())
+        parts += [
+            _lines("v", np.rint(rows * np.float64(10**_PLACES)).astype(np.int64), _PLACES) for rows in _blocks(line.points_mm)
+        ]
+        parts.append("".join(f"l {a + first} {b + first}\n" for a, b in line.segments.tolist()).encode())
+        first += len(line.points_mm)
     return b"".join(parts), "".join(materials).encode()
 
 

@@ -150,7 +150,8 @@ class Imageio:
         Parameters
         ----------
         kind : str
-            Of the port it comes from: an image or mask becomes `.nii.gz`, a scene `.obj` and `.mtl`, a picture `.png`.
+            Of the port it comes from: an image or mask becomes `.nii.gz`, a scene `.obj` and `.mtl`, a picture `.png`,
+            a report `.json`.
         stem : str
             Name in the storage, without its ending.
 
@@ -229,6 +230,8 @@ def _encode(value: Volume | Scene | bytes, kind: str, stem: str) -> dict[str, tu
         return {".nii.gz": (_NIFTI, write_nifti(value))}
     if kind == "image2d" and isinstance(value, bytes):
         return {".png": (Kind("png", "image/png"), value)}
+    if kind == "report" and isinstance(value, bytes):
+        return {".json": (Kind("json", "application/json"), value)}
     raise TypeError(f"a {type(value).__name__} is no {kind}")
 
 
@@ -239,5 +242,10 @@ def _header(value: Volume | Scene | bytes) -> dict[str, Any]:
         readable = ["image", "mask"] if isinstance(value, LabelMap) else ["image"]
         return {**header, "decoded_bytes": int(value.array.nbytes), "readable_as": readable}
     if isinstance(value, Scene):
-        return {"frame": value.frame, "unit": "mm", "surfaces": [surface.name for surface in value.surfaces]}
+        names = {"surfaces": [surface.name for surface in value.surfaces], "lines": [line.name for line in value.lines]}
+        return {
+            "frame": value.frame,
+            "unit": "mm",
+            **{key: found for key, found in names.items() if found or key == "surfaces"},
+        }
     return {}

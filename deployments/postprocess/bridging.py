@@ -419,12 +419,7 @@ def _end_to_end(a: End, b: End, limits: Limits) -> tuple[Candidate, str | None]:
     turn = float(np.degrees(np.arccos(np.clip(-(a.outward @ b.outward), -1, 1))))
     ratio = max(a.radius_mm, b.radius_mm) / min(a.radius_mm, b.radius_mm)
     radius = (a.radius_mm + b.radius_mm) / 2
-    cost = (
-        1.2 * (1 - cos_a)
-        + 1.2 * (1 - cos_b)
-        + 0.4 * np.log(ratio)
-        + 0.5 * length / limits.longest_mm(radius)
-    )
+    cost = 1.2 * (1 - cos_a) + 1.2 * (1 - cos_b) + 0.4 * np.log(ratio) + 0.5 * length / limits.longest_mm(radius)
     candidate = Candidate(a, b, length, turn, float(cost))
     least = np.cos(np.deg2rad(limits.angle_deg))
     reason = None
@@ -447,9 +442,7 @@ def _end_to_side(end: End, lines: Centrelines, vertex: int, limits: Limits, *, b
     cos = float(end.outward @ ahead) / max(1e-9, float(np.linalg.norm(ahead)))
     if open_mm > 0.8 * limits.longest_mm(end.radius_mm) or cos < np.cos(np.deg2rad(0.8 * limits.angle_deg)):
         return None
-    stop = End(
-        vertex, int(lines.piece[vertex]), lines.position_mm[vertex], np.zeros(3), float(lines.radius_mm[vertex]), 0.0
-    )
+    stop = End(vertex, int(lines.piece[vertex]), lines.position_mm[vertex], np.zeros(3), float(lines.radius_mm[vertex]), 0.0)
     cost = (0.1 if blunt else 0.35) + 1.8 * (1 - cos) + 0.8 * open_mm / limits.longest_mm(end.radius_mm)
     return Candidate(end, stop, open_mm, float(np.degrees(np.arccos(np.clip(cos, -1, 1)))), float(cost))
 
@@ -545,7 +538,9 @@ class Painter:
             return line, "an organ is in the way"
         position = free.position_mm + low * self._spacing
         tree = cKDTree(position)
-        (start, stop), (far_a, far_b) = (np.array(v) for v in zip(*((lambda q: (q[1], q[0]))(tree.query(e.point_mm)) for e in (a, b)), strict=True))
+        (start, stop), (far_a, far_b) = (
+            np.array(v) for v in zip(*((lambda q: (q[1], q[0]))(tree.query(e.point_mm)) for e in (a, b)), strict=True)
+        )
         off = cKDTree(line).query(position)[0]
         cost = 1 + (off / max(1.0, min(a.radius_mm, b.radius_mm))) ** 2 * 0.3
         graph = Graph(*kernels.voxel_graph(free.linked, self._spacing, cost))

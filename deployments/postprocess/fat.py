@@ -100,7 +100,9 @@ def perirenal_fat(
             **_thickness(array, box, near, distances[side][2], spacing, sides[side]),
         }
     on_progress(len(sides), len(sides), "done")
-    warnings = [] if hu is not None else ["The fat is estimated from the distance to the kidneys and their neighbours, without a CT."]
+    warnings = (
+        [] if hu is not None else ["The fat is estimated from the distance to the kidneys and their neighbours, without a CT."]
+    )
     if hu is None and not walled:
         warnings.append("The mask lacks spine and muscles: the fat is bounded by the distance alone.")
     return Fat(out, facts, warnings)

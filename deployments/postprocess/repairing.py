@@ -131,7 +131,14 @@ def _repair(
     if hu is not None:
         hu = mask.with_array(np.asarray(hu)).reoriented("LPS").array
     middle = masks.midline(turned) if sided else 0.0
-    facts: dict[str, Any] = {"bridges": [], "rejected": [], "pieces_before": 0, "pieces_after": 0, "specks": 0, "dry_run": dry_run}
+    facts: dict[str, Any] = {
+        "bridges": [],
+        "rejected": [],
+        "pieces_before": 0,
+        "pieces_after": 0,
+        "specks": 0,
+        "dry_run": dry_run,
+    }
     painted = 0
     for number, tree in enumerate(trees):
         on_progress(number, len(trees), "repairing " + ", ".join(mask.label(n).title for n in tree[:3]))

@@ -263,9 +263,7 @@ def align(
     return Alignment(matrix, offset, field, patient.origin_mm)
 
 
-def _affine(
-    mine: dict[int, Floats], theirs: dict[int, Floats], trees: dict[int, cKDTree]
-) -> tuple[Floats, Floats]:
+def _affine(mine: dict[int, Floats], theirs: dict[int, Floats], trees: dict[int, cKDTree]) -> tuple[Floats, Floats]:
     """Fit an affine map by closest points; a similarity where there are fewer than three structures."""
     shared = sorted(mine)
     points = np.concatenate([mine[n] for n in shared])
@@ -348,7 +346,9 @@ def _spread(wanted: Floats, weight: Floats, cells: Any, shape: tuple[int, ...], 
     small = tuple(-(-n // step) for n in shape)
     at = np.ravel_multi_index(tuple(np.minimum(c // step, s - 1) for c, s in zip(cells, small, strict=True)), small)
     sigma = width / FIELD_MM / step
-    count = ndimage.gaussian_filter(np.bincount(at, weight, int(np.prod(small))).reshape(small).astype(np.float32), sigma, truncate=3)
+    count = ndimage.gaussian_filter(
+        np.bincount(at, weight, int(np.prod(small))).reshape(small).astype(np.float32), sigma, truncate=3
+    )
     parts = []
     # Half of the trust is left where a surface of this density is two widths away.
     floor = 0.05 * float(count.max())

@@ -13,7 +13,7 @@ from scangraph.contracts.labels import (
     lookup_table,
     plain_name,
 )
-from scangraph.contracts.scenes import Frame, Scene, Surface
+from scangraph.contracts.scenes import Frame, Line, Scene, Surface
 from scangraph.contracts.volumes import LabelMap, Volume, merge_label_maps
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Frame",
     "Label",
     "LabelMap",
+    "Line",
     "NoParameters",
     "Port",
     "Progress",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts.errors import DamagedResult
-from scangraph.contracts.scenes import Scene, Surface
+from scangraph.contracts.scenes import Line, Scene, Surface
 from scangraph.contracts.volumes import LabelMap, Volume
 
 _MAGIC = b"scangraph\x00\x01\n"
@@ -89,7 +89,12 @@ def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
         for surface in value.surfaces:
             arrays += [surface.vertices_mm, surface.faces]
             surfaces.append({"name": surface.name, "label": surface.label, "color": surface.color})
-        return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces}
+        head = {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces}
+        for line in value.lines:
+            arrays += [line.points_mm, line.segments]
+        # Left out where there are none, so that such bytes stay what they were.
+        lines = [{"name": line.name, "label": line.label, "color": line.color} for line in value.lines]
+        return {**head, "lines": lines} if lines else head
     if isinstance(value, bytes):
         arrays.append(np.frombuffer(value, np.uint8))
         return {"type": "bytes"}
@@ -104,7 +109,12 @@ def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
             Surface(entry["name"], entry["label"], tuple(entry["color"]), arrays[2 * n], arrays[2 * n + 1])
             for n, entry in enumerate(head["surfaces"])
         )
-        return Scene(surfaces, head["frame"], tuple(head["notes"]))
+        rest = arrays[2 * len(surfaces) :]
+        lines = tuple(
+            Line(entry["name"], entry["label"], tuple(entry["color"]), rest[2 * n], rest[2 * n + 1])
+            for n, entry in enumerate(head.get("lines", ()))
+        )
+        return Scene(surfaces, head["frame"], tuple(head["notes"]), lines)
     x, y, z = (tuple(row) for row in head["direction"])
     geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
     if head["type"] == "LabelMap":

@@ -22,7 +22,7 @@ from scangraph.store.pipelines import Stored
 from scangraph.store.tables import Execution, File, Step
 
 #: Kind of a stored file -> kind of the ports that it comes from.
-_PORT_KINDS = {"nifti": "mask", "obj": "scene", "png": "image2d"}
+_PORT_KINDS = {"nifti": "mask", "obj": "scene", "png": "image2d", "json": "report"}
 
 
 def download_url(file_id: str) -> str:

@@ -249,7 +249,9 @@ def make_case(
     for p in far[rng.permutation(len(far))[:specks]]:
         r = rng.uniform(0.8, 1.5)
         box = tuple(slice(max(0, int(c - 3)), int(c + 4)) for c in p)
-        around = np.stack(np.meshgrid(*(np.arange(s.start, min(s.stop, n)) for s, n in zip(box, shape, strict=True)), indexing="ij"), -1)
+        around = np.stack(
+            np.meshgrid(*(np.arange(s.start, min(s.stop, n)) for s, n in zip(box, shape, strict=True)), indexing="ij"), -1
+        )
         ball = (((around - p) * spacing) ** 2).sum(-1) <= r * r
         part = array[box]
         part[ball & (part == 0)] = label

@@ -1,8 +1,8 @@
 """Broken tubes made whole: which ends belong together, how the missing stretch ran, and what it looked like.
 
 The parts follow what is known of the problem (directional linking of centreline ends: Risser et al., IEEE TMI 2008; OGMC,
-arXiv 2306.01808), with two of our own: the ends come from centrelines that ragged ends do not disturb (`centrelines`), and a bridge
-is no pipe of one radius, but the cross-sections of both ends carried along the curve and blended into each other.
+arXiv 2306.01808), with two of our own: the ends come from centrelines that ragged ends do not disturb (`centrelines`), and a
+bridge is no pipe of one radius, but the cross-sections of both ends carried along the curve and blended into each other.
 
 Positions are box millimetres: array index (z, y, x) times spacing. Nothing here knows of labels' meanings.
 """
@@ -36,6 +36,8 @@ _BLUNT_MM = 2.0
 _ELONGATED = 2.0
 #: How much of a curve's direction at its ends is that of the straight line: ends lead only roughly where the vessel goes.
 _CHORD = 0.5
+#: Pairs of ends that the limits forbid are told where they are this near to each other.
+_TOLD_MM = 15.0
 #: Step of curves, mm.
 _STEP_MM = 0.25
 
@@ -239,7 +241,7 @@ def repair(
         if reason is None:
             bridge, reason = painter.bridge(candidate, limits)
             if bridge is not None and bridge.confidence < limits.least_confidence:
-                bridge, reason = None, f"confidence {bridge.confidence:.2f}"
+                reason, bridge = f"confidence {bridge.confidence:.2f}", None
             if bridge is not None:
                 found.bridges.append(bridge)
                 joined[_root(joined, a.piece)] = _root(joined, b.piece)
@@ -379,7 +381,7 @@ def find_candidates(
         candidate, reason = _end_to_end(ends[i], ends[j], limits)
         if reason is None:
             candidates.append(candidate)
-        elif candidate.gap_mm <= 10:
+        elif candidate.gap_mm <= _TOLD_MM:
             rejected.append(Rejection(candidate, reason))
     if not limits.branches:
         return candidates, rejected
@@ -440,7 +442,7 @@ def _end_to_side(end: End, lines: Centrelines, vertex: int, limits: Limits, *, b
     open_mm = max(0.0, length - float(lines.radius_mm[vertex]))
     ahead = gap + 2.0 * end.outward
     cos = float(end.outward @ ahead) / max(1e-9, float(np.linalg.norm(ahead)))
-    if open_mm > 0.8 * limits.longest_mm(end.radius_mm) or cos < np.cos(np.deg2rad(0.8 * limits.angle_deg)):
+    if open_mm > (0.8 if blunt else 0.7) * limits.longest_mm(end.radius_mm) or cos < np.cos(np.deg2rad(0.8 * limits.angle_deg)):
         return None
     stop = End(vertex, int(lines.piece[vertex]), lines.position_mm[vertex], np.zeros(3), float(lines.radius_mm[vertex]), 0.0)
     cost = (0.1 if blunt else 0.35) + 1.8 * (1 - cos) + 0.8 * open_mm / limits.longest_mm(end.radius_mm)
@@ -464,7 +466,7 @@ class Painter:
         self._array, self._numbers, self._voxels, self._is_piece, self._hu = array, numbers, voxels, is_piece, hu
         self._spacing = voxels.spacing_mm
         self._shape = np.array(array.shape)
-        z, y, x = array.shape
+        _, y, x = array.shape
         self._keys = (voxels.index[:, 0].astype(np.int64) * y + voxels.index[:, 1]) * x + voxels.index[:, 2]
         self._strides = np.array([y * x, x, 1])
 
@@ -538,9 +540,7 @@ class Painter:
             return line, "an organ is in the way"
         position = free.position_mm + low * self._spacing
         tree = cKDTree(position)
-        (start, stop), (far_a, far_b) = (
-            np.array(v) for v in zip(*((lambda q: (q[1], q[0]))(tree.query(e.point_mm)) for e in (a, b)), strict=True)
-        )
+        (far_a, start), (far_b, stop) = (tree.query(end.point_mm) for end in (a, b))
         off = cKDTree(line).query(position)[0]
         cost = 1 + (off / max(1.0, min(a.radius_mm, b.radius_mm))) ** 2 * 0.3
         graph = Graph(*kernels.voxel_graph(free.linked, self._spacing, cost))
@@ -578,24 +578,20 @@ class Painter:
         offset = position - line[nearest]
         tangent = np.gradient(line, axis=0)
         tangent /= np.linalg.norm(tangent, axis=1)[:, None]
-        # Between the faces, and in their ragged rims; beyond an end of the curve, only where its face leans out.
+        # No caps beyond the curve's ends, and nothing behind the faces but their ragged rims.
         within = np.abs(np.einsum("ij,ij->i", offset, tangent[nearest])) <= 0.75 * self._spacing.max()
-        for end in (a, b):
-            if not end.is_side:
-                rim = min(_RIM_MM, 1.5 * end.rag_mm)
-                ahead = position - end.point_mm
-                height = ahead @ end.outward
-                across = ahead - height[:, None] * end.outward
-                close = np.linalg.norm(ahead, axis=1) < 3 * end.radius_mm + 2
-                within &= ~(close & (height < across @ end.tilt - rim))
+        within &= _between_faces(position, a, b, _RIM_MM)
         u = np.einsum("ij,ij->i", offset, frames[nearest, 0])
         v = np.einsum("ij,ij->i", offset, frames[nearest, 1])
         t = nearest / (len(line) - 1)
         depth = (1 - t) * section_a.at(u, v) + t * section_b.at(u, v)
         painted = index[within & (depth <= 0)]
-        # However thin: the curve itself joins.
-        core = np.unique(np.rint(line / self._spacing).astype(np.int64), axis=0)
-        core = core[((core >= 0) & (core < self._shape)).all(axis=1)]
+        # However thin: the curve itself joins, from where it leaves the one piece to where it enters the other.
+        core = np.clip(np.rint(line / self._spacing).astype(np.int64), 0, self._shape - 1)
+        piece = self.piece_at(core)
+        leaves = int(np.flatnonzero(piece == a.piece).max(initial=0)) if a.piece != b.piece else 0
+        enters = np.flatnonzero(piece[leaves:] == b.piece) if a.piece != b.piece else np.empty(0, np.int64)
+        core = core[leaves : leaves + int(enters[0]) + 1 if len(enters) else None]
         core = core[self._array[tuple(core.T)] == 0]
         return np.unique(np.concatenate([painted, core]), axis=0)
 
@@ -705,6 +701,19 @@ class _Section:
     def at(self, u: Floats, v: Floats) -> Floats:
         index = np.stack([(u - self.first) / self.step, (v - self.first) / self.step])
         return np.asarray(ndimage.map_coordinates(self.depth, index, order=1, mode="nearest"))
+
+
+def _between_faces(position: Floats, a: End, b: End, rim_mm: float) -> NDArray[np.bool_]:
+    """Whether points (n, 3) lie in front of both ends' faces, or not far behind where these are ragged."""
+    front = np.ones(len(position), bool)
+    for end in (a, b):
+        if not end.is_side:
+            ahead = position - end.point_mm
+            height = ahead @ end.outward
+            across = ahead - height[:, None] * end.outward
+            near = np.linalg.norm(ahead, axis=1) < 3 * end.radius_mm + 2
+            front &= ~(near & (height < across @ end.tilt - min(rim_mm, max(1.5 * end.rag_mm, 0.1))))
+    return front
 
 
 def _hermite(a: End, b: End) -> Floats:

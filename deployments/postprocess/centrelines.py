@@ -1,14 +1,15 @@
 """Centrelines of thin structures: from a list of voxels to branches with positions and radii.
 
-Not by thinning: thinning of ragged ends makes tunnels and loops without ends, and the ends are what a repair needs. Instead the ways
-from each piece's far end through the middle of the vessel are followed (TEASAR, Sato et al. 2000), which gives one tree a piece
-whatever its surface looks like. Positions are then moved to the middle of their cross-sections, to less than a voxel.
+Not by thinning: thinning of ragged ends makes tunnels and loops without ends, and the ends are what a repair needs. Instead the
+ways from each piece's far end through the middle of the vessel are followed (TEASAR, Sato et al. 2000), which gives one tree a
+piece whatever its surface looks like. Positions are then moved to the middle of their cross-sections, to less than a voxel.
 
 Positions are "box millimetres": array index (z, y, x) times spacing.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,13 +54,14 @@ class Voxels:
     @cached_property
     def position_mm(self) -> NDArray[np.float64]:
         """Box millimetres of the centres."""
-        return self.index * self.spacing_mm
+        return np.asarray(self.index * self.spacing_mm, np.float64)
 
     @cached_property
     def depth_mm(self) -> NDArray[np.float64]:
         """Distance to the nearest background voxel's centre; where there is none, the size of the volume."""
         depth = np.asarray(kernels.distance_to_background(self.linked, self.spacing_mm))
-        return np.minimum(depth, float((np.array(self.shape) * self.spacing_mm).max()))
+        size = float((np.array(self.shape) * self.spacing_mm).max())
+        return np.asarray(np.minimum(depth, size), np.float64)
 
     @cached_property
     def pieces(self) -> int:
@@ -69,7 +71,7 @@ class Voxels:
     @cached_property
     def volumes_mm3(self) -> NDArray[np.float64]:
         """Volume of each piece."""
-        return np.bincount(self.piece, minlength=self.pieces) * float(np.prod(self.spacing_mm))
+        return np.asarray(np.bincount(self.piece, minlength=self.pieces) * float(np.prod(self.spacing_mm)), np.float64)
 
 
 def find_voxels(array: NDArray[np.unsignedinteger], numbers: tuple[int, ...], spacing_mm: tuple[float, ...]) -> Voxels:
@@ -198,7 +200,7 @@ def _first_of_each(piece: NDArray[np.int64], order: NDArray[np.int64], wanted: N
 def _assemble(voxels: Voxels, taken: NDArray[np.bool_], flat: NDArray[np.int64], starts: NDArray[np.int64]) -> Centrelines:
     """Cut branches into chains at forks, centre them, and measure radii."""
     names, vertex = np.unique(flat, return_inverse=True)
-    branches = [vertex[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    branches = [vertex[a:b] for a, b in itertools.pairwise(starts)]
     degree = np.zeros(len(names), np.int64)
     for branch in branches:
         for end in (branch[0], branch[-1]):
@@ -208,7 +210,7 @@ def _assemble(voxels: Voxels, taken: NDArray[np.bool_], flat: NDArray[np.int64],
     chains: list[NDArray[np.int64]] = []
     for branch in branches:
         cuts = [0, *(np.flatnonzero(is_node[branch[1:-1]]) + 1), len(branch) - 1]
-        chains += [branch[a : b + 1] for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+        chains += [branch[a : b + 1] for a, b in itertools.pairwise(cuts) if b > a]
     chains = _without_fingers(chains, voxels.position_mm[names], voxels.depth_mm[names])
     names, chains, alone = _renumber(names, chains, voxels.piece)
     degree = np.zeros(len(names), np.int64)
@@ -249,8 +251,8 @@ def _without_fingers(
 ) -> list[NDArray[np.int64]]:
     """Join what several corners of one ragged end have made of a vessel.
 
-    Two ends at one fork that are as near to each other as a vessel is thick, and not far from the fork, are one: the longer stays
-    and goes on into the vessel. A single short chain at a fork stays: it may be all that is left of a branch.
+    Two ends at one fork that are as near to each other as a vessel is thick, and not far from the fork, are one: the longer
+    stays and goes on into the vessel. A single short chain at a fork stays: it may be all that is left of a branch.
     """
     chains = list(chains)
     while True:

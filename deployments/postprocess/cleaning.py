@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from deployments.postprocess import masks
 from scangraph.contracts import LabelMap, check_labels
 from scangraph.contracts.errors import InvalidParameters, InvalidVolume
 
-Report = Callable[[int, int, str], None]
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
 
@@ -33,7 +32,7 @@ def merge(
     structures: Sequence[int] | None = None,
     priority: Sequence[int] = (),
     resample: bool = True,
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Tidy:
     """Put masks together on the first one's grid.
 
@@ -119,7 +118,7 @@ def clean(
     keep_largest: int | None = None,
     fill_holes: bool = False,
     split: Mapping[int, tuple[int, int]] | None = None,
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Tidy:
     """Tidy a mask up, label by label; pieces are 26-connected.
 
@@ -201,7 +200,7 @@ def _keep(inside: NDArray[np.bool_], least: float, largest: int | None) -> tuple
 
 def _left_pieces(inside: NDArray[np.bool_], middle: float) -> NDArray[np.bool_]:
     """Where the left part is: whole pieces by their centre, but one that spans the middle is cut there."""
-    parts, count = ndimage.label(inside, _NEIGHBOURS)
+    parts, _ = ndimage.label(inside, _NEIGHBOURS)
     columns = np.arange(inside.shape[2])
     left = np.zeros(inside.shape, bool)
     for number, box in enumerate(ndimage.find_objects(parts), 1):

@@ -38,7 +38,13 @@ class CleanParameters(_Parameters):
     )
 
 
-class _RepairParameters(_Parameters):
+class _Skipping(_Parameters):
+    skip_missing: bool = Field(
+        False, description="pass a mask on as it is, with a warning, where it lacks what is worked on; false: refuse it"
+    )
+
+
+class _RepairParameters(_Skipping):
     remove_specks: bool = Field(False, description="take pieces out that are too small to be vessels")
     dry_run: bool = Field(False, description="leave the mask as it is, and only list what would be done")
     resample: bool = Field(False, description="interpolate an image that lies on another grid; false: refuse it")
@@ -78,7 +84,7 @@ class SkeletonParameters(_Parameters):
     )
 
 
-class FatParameters(_Parameters):
+class FatParameters(_Skipping):
     """Parameters of `postprocess/fat`."""
 
     distance_mm: float = Field(12.0, ge=3, le=30, description="how far from the kidney the fat reaches")

@@ -1,8 +1,7 @@
-"""Fat around the kidneys, inside Gerota's fascia: by distance and neighbours from masks alone, by Hounsfield units where a CT is given."""
+"""Fat around the kidneys: by distance and neighbours from masks alone, by Hounsfield units where a CT is given."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +23,6 @@ _SINUS_MM = 12.0
 #: Labels that bound the retroperitoneum, so that a hull around all labels means the body: spine, muscles, ribs, hips.
 _WALL = frozenset({*range(25, 51), 77, 78, *range(80, 90), *range(92, 118)})
 
-Report = Callable[[int, int, str], None]
-
 
 @dataclass(frozen=True)
 class Fat:
@@ -42,7 +39,7 @@ def perirenal_fat(
     *,
     distance_mm: float = 12.0,
     resample: bool = False,
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Fat:
     """Mark the fat around both kidneys.
 
@@ -61,9 +58,9 @@ def perirenal_fat(
     """
     found = masks.occurring(mask)
     masks.require("postprocess/fat", mask, (masks.KIDNEY_RIGHT, masks.KIDNEY_LEFT, masks.KIDNEY), found, any_of=True)
-    hu = masks.hu_on(mask, image, resample=resample)
+    hu: NDArray[Any] | None = masks.hu_on(mask, image, resample=resample)
     if hu is not None:
-        hu = mask.with_array(np.asarray(hu)).reoriented("LPS").array
+        hu = np.asarray(mask.with_array(np.asarray(hu)).reoriented("LPS").array, np.float32)
     out, array = masks.writable(mask, (FAT,))
     spacing = np.asarray(out.reoriented("LPS").spacing_mm)
     middle = masks.midline(out.reoriented("LPS"))
@@ -100,9 +97,8 @@ def perirenal_fat(
             **_thickness(array, box, near, distances[side][2], spacing, sides[side]),
         }
     on_progress(len(sides), len(sides), "done")
-    warnings = (
-        [] if hu is not None else ["The fat is estimated from the distance to the kidneys and their neighbours, without a CT."]
-    )
+    estimated = "The fat is estimated from the distance to the kidneys and their neighbours, without a CT."
+    warnings = [] if hu is not None else [estimated]
     if hu is None and not walled:
         warnings.append("The mask lacks spine and muscles: the fat is bounded by the distance alone.")
     return Fat(out, facts, warnings)
@@ -180,7 +176,7 @@ def _touching(near: NDArray[np.bool_], at_kidney: NDArray[np.bool_]) -> NDArray[
     keep = np.zeros(count + 1, bool)
     keep[np.unique(parts[near & at_kidney])] = True
     keep[0] = False
-    return keep[parts]
+    return np.asarray(keep[parts], bool)
 
 
 def _thickness(

@@ -1,7 +1,7 @@
 """Graphs in CSR form, and three things that are asked of them, by scipy or, where it pays, by cugraph on a GPU.
 
-cugraph takes seconds to import and milliseconds to move a graph of the usual size; it pays from about a million nodes. Its import
-succeeds without a GPU and the first call then fails, so the device decides, never the import.
+cugraph takes seconds to import and milliseconds to move a graph of the usual size; it pays from about a million nodes. Its
+import succeeds without a GPU and the first call then fails, so the device decides, never the import.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The loops over voxels of thin structures, compiled by numba.
 
-They work on lists of voxels, not on boxes: a vessel tree fills a thousandth of its box, and what is done here costs as much as the
-tree has voxels. Lists are in raster order, neighbours are numbered as `OFFSETS` is.
+They work on lists of voxels, not on boxes: a vessel tree fills a thousandth of its box, and what is done here costs as much as
+the tree has voxels. Lists are in raster order, neighbours are numbered as `OFFSETS` is.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def trace_branches(farthest, predecessor, linked, position, reach):  # type: ign
             if on_line[at]:
                 break
             at = predecessor[at]
-        starts.append(count)
+        starts.append(np.int64(count))
         # At a ragged end the way leaves the middle, where it is shallow: the vessel there is as wide as just before.
         for v in range(first, count):
             i = vertices[v]

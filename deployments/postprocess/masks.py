@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,15 @@ from scangraph.contracts.errors import GridsDiffer, LabelsMissing, WrongGrid
 
 KIDNEY_RIGHT, KIDNEY_LEFT, KIDNEY, TUMOR, CYST, PELVIS, BLADDER = 2, 3, 201, 202, 203, 208, 21
 CYST_LEFT, CYST_RIGHT = 23, 24
+#: `report(done, total, message)`.
+Report = Callable[[int, int, str], None]
 #: Part of an image that must lie inside another one.
 _LEAST_OVERLAP = 0.5
+
+
+def silent(done: int, total: int, message: str) -> None:
+    """Tell nobody."""
+    del done, total, message
 
 
 def occurring(mask: LabelMap) -> tuple[int, ...]:

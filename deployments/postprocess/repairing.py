@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,11 @@ ARTERIES = (52, 54, 55, 56, 57, 58, 65, 66, 204)
 VEINS = (59, 60, 62, 63, 67, 68, 205)
 PORTAL = (64,)
 URETER = (206,)
+_TREES: dict[str, list[tuple[int, ...]]] = {
+    "arteries": [ARTERIES],
+    "veins": [VEINS, PORTAL],
+    "all": [ARTERIES, VEINS, PORTAL],
+}
 
 VESSEL_LIMITS = Limits()
 #: Long gaps, since peristalsis empties whole stretches; nothing branches; ureters bend over the iliac vessels.
@@ -28,8 +33,6 @@ URETER_LIMITS = Limits(
 )
 #: Rejected candidates that are told, the likeliest first.
 _TOLD = 40
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def repair_vessels(
     remove_specks: bool = False,
     dry_run: bool = False,
     resample: bool = False,
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Repaired:
     """Reconnect broken vessels.
 
@@ -79,9 +82,9 @@ def repair_vessels(
         trees = [tuple(structures)]
         masks.require("postprocess/vessel", mask, structures, found)
     else:
-        known = {"arteries": [ARTERIES], "veins": [VEINS, PORTAL], "all": [ARTERIES, VEINS, PORTAL]}[vessels]
+        known = _TREES[vessels]
         masks.require("postprocess/vessel", mask, [n for tree in known for n in tree], found, any_of=True)
-        trees = [tree for tree in ([n for n in tree if n in found] for tree in known) if tree]
+        trees = [tree for tree in (tuple(n for n in tree if n in found) for tree in known) if tree]
     return _repair(
         mask, masks.hu_on(mask, image, resample=resample), trees, limits, remove_specks=remove_specks, dry_run=dry_run,
         on_progress=on_progress,
@@ -98,12 +101,12 @@ def repair_ureters(
     remove_specks: bool = False,
     dry_run: bool = False,
     resample: bool = False,
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Repaired:
     """Reconnect broken ureters, each side for itself, from the renal pelvis or kidney to the bladder where the mask has these.
 
-    Parameters are those of `repair_vessels`; with `anchor`, the upper end is led to the pelvis or kidney and the lower one to the
-    bladder, where they are within the limits.
+    Parameters are those of `repair_vessels`; with `anchor`, the upper end is led to the pelvis or kidney and the lower one to
+    the bladder, where they are within the limits.
     """
     found = masks.occurring(mask)
     masks.require("postprocess/ureter", mask, structures, found)
@@ -121,7 +124,7 @@ def _repair(
     *,
     remove_specks: bool,
     dry_run: bool,
-    on_progress: Report,
+    on_progress: masks.Report,
     sided: bool = False,
     anchor: bool = False,
 ) -> Repaired:

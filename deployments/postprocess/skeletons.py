@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,6 @@ from deployments.postprocess.graphs import Graph, pick_backend
 from scangraph.contracts import LabelMap, Scene
 from scangraph.contracts.scenes import Line
 
-Report = Callable[[int, int, str], None]
 #: What is tubular; the default.
 TUBULAR = (52, 53, 54, 55, 56, 57, 58, 59, 60, 62, 63, 64, 65, 66, 67, 68, 204, 205, 206)
 
@@ -36,7 +35,7 @@ def skeletonize(
     structures: Sequence[int] | None = None,
     min_mm3: float = 6.0,
     backend: Literal["auto", "scipy", "cugraph"] = "auto",
-    on_progress: Report = lambda done, total, message: None,
+    on_progress: masks.Report = masks.silent,
 ) -> Skeleton:
     """Trace the centrelines of tubular structures.
 
@@ -52,8 +51,8 @@ def skeletonize(
     Returns
     -------
     Skeleton
-        `report` is JSON: by structure `nodes` (LPS mm, radius, kind: end or fork, tree) and `edges` (two nodes, length, tortuosity as
-        length over distance, mean and least radius, points). `scene` has one line set a structure.
+        `report` is JSON: by structure `nodes` (LPS mm, radius, kind: end or fork, tree) and `edges` (two nodes, length,
+        tortuosity as length over distance, mean and least radius, points). `scene` has one line set a structure.
 
     Raises
     ------

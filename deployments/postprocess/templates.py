@@ -1,15 +1,15 @@
 """A quick patient-specific mask from a template: align what both have, carry the rest along.
 
-The map leads from the patient to the template, so that every voxel of the patient has exactly one answer: an affine map by closest
-points, structure by structure, then a smooth displacement from what remains at the surfaces, spread by Gaussians from wide to narrow
-and never far beyond them. A step that would fold space is shortened until it does not.
+The map leads from the patient to the template, so that every voxel of the patient has exactly one answer: an affine map by
+closest points, structure by structure, then a smooth displacement from what remains at the surfaces, spread by Gaussians from
+wide to narrow and never far beyond them. A step that would fold space is shortened until it does not.
 
 Positions are LPS millimetres in array order (z, y, x) on masks turned to LPS.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +25,6 @@ from scangraph.contracts import LabelMap, merge_label_maps
 from scangraph.contracts.errors import LabelsMissing
 
 Floats = NDArray[np.float64]
-Report = Callable[[int, int, str], None]
 
 #: Spacing of the alignment, mm.
 WORK_MM = 2.5
@@ -91,9 +90,7 @@ class Alignment:
         return _determinant(self.matrix, self.field_mm)
 
 
-def sample(
-    mask: LabelMap, template: LabelMap | None = None, *, on_progress: Report = lambda done, total, message: None
-) -> Sample:
+def sample(mask: LabelMap, template: LabelMap | None = None, *, on_progress: masks.Report = masks.silent) -> Sample:
     """Fill a patient's mask with a template's structures.
 
     Parameters

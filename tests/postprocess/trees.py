@@ -1,7 +1,7 @@
 """Synthetic vessel trees with cut gaps, and ureters: known centrelines, known cuts, nobody's data.
 
-A tree is a set of branches, curved and tapering, from one root; a cut takes a stretch of one branch out, with ragged ends. Beside
-it: specks, organs, and a vessel of the other kind that runs along some of the branches.
+A tree is a set of branches, curved and tapering, from one root; a cut takes a stretch of one branch out, with ragged ends.
+Beside it: specks, organs, and a vessel of the other kind that runs along some of the branches.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.interpolate import CubicSpline
 from scipy.spatial import cKDTree
 
 from scangraph.contracts import LabelMap
@@ -222,11 +223,11 @@ def make_case(
         taken |= rim & (rng.random(len(voxels)) < 0.12) & (radii[nearest] > 1.3)
     cut[tuple(voxels[taken].T)] = False
 
-    pieces, count = ndimage.label(cut, np.ones((3, 3, 3)))
+    pieces, _ = ndimage.label(cut, np.ones((3, 3, 3)))
     sizes = np.bincount(pieces.ravel())
     small = np.flatnonzero(sizes < 4)
     cut[np.isin(pieces, small[small > 0])] = False
-    pieces, count = ndimage.label(cut, np.ones((3, 3, 3)))
+    pieces, _ = ndimage.label(cut, np.ones((3, 3, 3)))
 
     array = np.zeros(shape, np.uint8)
     free = ~ndimage.binary_dilation(truth, iterations=2)
@@ -279,13 +280,11 @@ def make_ureters(seed: int, spacing_mm: tuple[float, float, float] = (1.0, 0.8, 
         array[inside] = number
         corners = np.array(
             [
-                kidney + [-8, -5, -side * 17], kidney + [-35, -12, -side * 22], [120, 45, 90 + side * 32],
-                [80, 42, 90 + side * 34], [45, 58, 90 + side * 36], bladder + [8, 8, side * 20],
+                kidney + np.array([-8, -5, -side * 17]), kidney + np.array([-35, -12, -side * 22]), [120, 45, 90 + side * 32],
+                [80, 42, 90 + side * 34], [45, 58, 90 + side * 36], bladder + np.array([8, 8, side * 20]),
             ]
         ) + rng.normal(0, 1.5, (6, 3))  # fmt: skip
         t = np.linspace(0, 5, 600)
-        from scipy.interpolate import CubicSpline
-
         line = CubicSpline(np.arange(6), corners)(t)
         steps = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
         even = np.arange(0, steps[-1], 0.5)
@@ -402,7 +401,7 @@ def score(case: Case, repaired: NDArray[Any]) -> Score:
 
     # A painted part that joins pieces which no gap parts, or a speck to anything, is a false bridge.
     whole, _ = ndimage.label(before, np.ones((3, 3, 3)))
-    parts, count = ndimage.label(added, np.ones((3, 3, 3)))
+    parts, _ = ndimage.label(added, np.ones((3, 3, 3)))
     false = 0
     for number, box in enumerate(ndimage.find_objects(parts), 1):
         wide = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in box)
@@ -429,7 +428,7 @@ def _large(vessel: NDArray[np.bool_]) -> NDArray[np.bool_]:
     sizes = np.bincount(parts.ravel())
     keep = sizes >= 60
     keep[0] = False
-    return keep[parts]
+    return np.asarray(keep[parts], bool)
 
 
 def cl_dice(vessel: NDArray[np.bool_], case: Case) -> float:

@@ -15,7 +15,7 @@ setup: ## build the environments (.envs/<stage>) and fetch what the 3-D view nee
 	@sh runtime_envs/system.sh
 
 setup-dev: ## the same, with the environment for tests and notebooks
-	@$(PYTHON) runtime_envs/build.py base nnunet smoothing dev numpy1
+	@$(PYTHON) runtime_envs/build.py base nnunet smoothing postprocess dev numpy1
 	@sh runtime_envs/system.sh
 
 setup-open3d: ## also the surface stage with open3d, an extra (SCANGRAPH_SMOOTHING__OPEN3D=true uses it)

@@ -9,7 +9,7 @@ from scangraph.contracts.errors import FatalError
 from scangraph.settings import HOME, Settings
 
 #: Stages that need nothing but the base environment share it.
-SHARES_BASE = frozenset({"gateway", "executor", "imageio", "postprocess"})
+SHARES_BASE = frozenset({"gateway", "executor", "imageio"})
 
 
 class EnvironmentMissing(FatalError):

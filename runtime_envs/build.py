@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
-SERVING = ("base", "nnunet", "smoothing")
+SERVING = ("base", "nnunet", "smoothing", "postprocess")
 #: Stages with more than they need, which a setting chooses; built only when they are named.
 EXTRAS = ("smoothing-open3d",)
 #: `dev` goes first and constrains the serving stages' locks, so that one environment can hold all of them for tests and

@@ -103,16 +103,24 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
     # taken once: the kidneys by side from the organs, aorta and vena cava as artery and vein.
     once = [number for number, label in label_table().items() if label.name not in _NAMED_TWICE]
     calls["merged"] = graph.merge([calls[name] for name in MASKS], structures=once, on_progress=watch("merged"))
-    calls["scene"] = graph.smooth(calls["merged"], on_progress=watch("scene"))
+    calls["vessel-repair"] = graph.repair_vessels(
+        calls["merged"], vessels="all", skip_missing=True, on_progress=watch("vessel-repair")
+    )
+    calls["ureter-repair"] = graph.repair_ureters(calls["vessel-repair"], skip_missing=True, on_progress=watch("ureter-repair"))
+    calls["fat"] = graph.fat([calls["ureter-repair"]], portal, skip_missing=True, on_progress=watch("fat"))
+    calls["scene"] = graph.smooth(calls["fat"], on_progress=watch("scene"))
     calls["preview"] = graph.preview(
-        calls["scene"], portal, calls["merged"], title=f"scangraph · {patient.name}", on_progress=watch("preview")
+        calls["scene"], portal, calls["fat"], title=f"scangraph · {patient.name}", on_progress=watch("preview")
     )
 
     masks: dict[str, LabelMap] = {}
-    for name in (*MASKS, "merged"):
+    for name in (*MASKS, "merged", "fat"):
         masks[name] = calls[name].result()
         (out / f"{name}.nii.gz").write_bytes(graph.encode(calls[name]))
         on_progress(name, Progress(1, 1, "written"))
+    for name in ("vessel-repair", "ureter-repair"):
+        calls[name].step()
+        on_progress(name, Progress(1, 1, "done"))
     scene: Scene = calls["scene"].result()
     save_scene(scene, out, "scene")
     on_progress("scene", Progress(1, 1, "written"))

@@ -101,7 +101,7 @@ def _environments(settings: Settings) -> Iterator[Finding]:
     if settings.environments == "ray-built":
         yield Finding("ok", "environments", "made by Ray on every node when a stage starts")
         return
-    for stage in ("base", "nnunet", "smoothing"):
+    for stage in ("base", "nnunet", "smoothing", "postprocess"):
         lock = lock_of(stage, settings)
         folder = settings.environments_dir / lock
         good = (folder / "scangraph-lock").exists()

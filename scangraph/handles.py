@@ -196,6 +196,10 @@ class Call(Generic[T]):
         step = await asyncio.wrap_future(self._step)
         return cast("T", await self._fetch(step.outputs[self._port]))
 
+    def output(self, port: str) -> Call[Any]:
+        """Return another output of the same step, of those that have several."""
+        return Call(self._step, port, self._fetch, self._loop)
+
     def result(self, timeout: float | None = None) -> T:
         """Wait and return the value; raises what the stage raised, or `TimeoutError`."""
         return asyncio.run_coroutine_threadsafe(self._value(), self._loop).result(timeout)
@@ -383,6 +387,38 @@ class Connection:
     def merge(self, masks: Sequence[Mask], *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
         """Paint masks over each other (`postprocess/merge`); the last one wins."""
         return self.run("postprocess/merge", {"masks": list(masks)}, on_progress=on_progress, **parameters)
+
+    def repair_vessels(
+        self, mask: Mask, image: Image | None = None, *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[LabelMap]:
+        """Reconnect broken arteries and veins (`postprocess/vessel`)."""
+        return self.run("postprocess/vessel", {"mask": mask, "image": image}, on_progress=on_progress, **parameters)
+
+    def repair_ureters(
+        self, mask: Mask, image: Image | None = None, *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[LabelMap]:
+        """Reconnect broken ureters (`postprocess/ureter`)."""
+        return self.run("postprocess/ureter", {"mask": mask, "image": image}, on_progress=on_progress, **parameters)
+
+    def fat(
+        self, masks: Sequence[Mask], image: Image | None = None, *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[LabelMap]:
+        """Mark the fat around the kidneys (`postprocess/fat`); estimated from masks where there is no CT."""
+        return self.run("postprocess/fat", {"masks": list(masks), "image": image}, on_progress=on_progress, **parameters)
+
+    def skeleton(self, mask: Mask, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[bytes]:
+        """Trace centrelines (`postprocess/skeleton`): JSON; the lines are its `output("lines")`."""
+        return self.run("postprocess/skeleton", {"mask": mask}, on_progress=on_progress, **parameters)
+
+    def sample(
+        self, mask: Mask, template: Mask | None = None, *, on_progress: OnProgress | None = None, **parameters: Any
+    ) -> Call[LabelMap]:
+        """Fill a mask with a template's structures (`postprocess/sample`)."""
+        return self.run("postprocess/sample", {"mask": mask, "template": template}, on_progress=on_progress, **parameters)
+
+    def clean(self, mask: Mask, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[LabelMap]:
+        """Remove small pieces, fill holes, split sides (`postprocess/clean`)."""
+        return self.run("postprocess/clean", {"mask": mask}, on_progress=on_progress, **parameters)
 
     def smooth(self, mask: Mask, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Scene]:
         """Turn a mask into a scene of smoothed surfaces (`smoothing/base`)."""

@@ -225,20 +225,21 @@ def _match_inputs(component: Component, given: list[str]) -> dict[str, list[Path
 
 
 def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) -> Iterator[Path]:
-    """Write what a call gave, named after the component; an existing file is replaced."""
+    """Write what a call gave, named after the component, and after the port where there are several; replaces what is there."""
     from scangraph.scenefiles import save_scene
 
     stem = component.id.rpartition("/")[2]
-    kind = component.outputs[0].kind
-    if kind in {"image", "mask"}:
-        path = folder / f"{stem}.nii.gz"
-        path.write_bytes(graph.encode(call))
-        yield path
-    elif kind == "scene":
-        yield from save_scene(call.result(), folder, stem)
-    else:
-        path = folder / f"{stem}.png"
-        path.write_bytes(call.result())
+    for place, port in enumerate(component.outputs):
+        one = call if place == 0 else call.output(port.name)
+        name = stem if place == 0 else f"{stem}-{port.name}"
+        if port.kind == "scene":
+            yield from save_scene(one.result(), folder, name)
+            continue
+        if port.kind in {"image", "mask"}:
+            path, content = folder / f"{name}.nii.gz", graph.encode(one)
+        else:
+            path, content = folder / f"{name}.{'json' if port.kind == 'report' else 'png'}", one.result()
+        path.write_bytes(content)
         yield path
 
 

@@ -76,7 +76,7 @@ def service_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="session")
 def service(service_settings: Settings) -> Iterator[str]:
     """URL of a real service: real Ray, real HTTP, every stage in its environment."""
-    for stage in ("base", "nnunet", "smoothing"):
+    for stage in ("base", "nnunet", "smoothing", "postprocess"):
         if not (service_settings.environments_dir / stage / "scangraph-lock").exists():
             pytest.skip(f"environment {stage!r} is not built: run `make setup`")
     from scangraph.cluster import local_service

@@ -54,7 +54,7 @@ STAGES = {
     "imageio": "numpy pydantic isal",
     "nnunet": "numpy pydantic torch nnunetv2 safetensors SimpleITK scipy numba openvino psutil",
     "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh numba matplotlib scipy open3d",
-    "postprocess": "numpy pydantic scipy skimage",
+    "postprocess": "numpy pydantic scipy numba cugraph cudf cupy",
     "executor": "pydantic",
     "gateway": "pydantic fastapi starlette uvicorn limits python_multipart sqlalchemy",
 }

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, create_model
 from starlette.routing import BaseRoute, Match
 from starlette.types import Receive, Scope, Send
 
@@ -74,6 +74,8 @@ def request_model(component: Component) -> type[BaseModel]:
     for port in component.inputs:
         kind: Any = list[str] if port.many else str
         rules: dict[str, Any] = {"min_length": 1, "description": port.description}
+        if port.also:
+            rules["validation_alias"] = AliasChoices(port.path_name, *port.also)
         fields[port.path_name] = (kind | None, Field(None, **rules)) if port.optional else (kind, Field(..., **rules))
     for name, info in component.parameters.model_fields.items():
         fields[name] = (info.annotation, info)

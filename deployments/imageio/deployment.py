@@ -157,7 +157,8 @@ class Imageio:
         Parameters
         ----------
         kind : str
-            Of the port it comes from: an image or mask becomes `.nii.gz`, a picture `.png`, a scene what its `files` say.
+            Of the port it comes from: an image or mask becomes `.nii.gz`, a picture `.png`, a report `.json`, a scene what its
+            `files` say.
         stem : str
             Name in the storage, without its ending.
 
@@ -258,6 +259,8 @@ def _plan(value: Volume | Scene | bytes, kind: str, stem: str) -> list[_Planned]
         return [_Planned(".nii.gz", Kind("nifti", "application/gzip"), _header(value), encode)]
     if kind == "image2d" and isinstance(value, bytes):
         return [_Planned(".png", Kind("png", "image/png"), {}, lambda: value)]
+    if kind == "report" and isinstance(value, bytes):
+        return [_Planned(".json", Kind("json", "application/json"), {}, lambda: value)]
     raise TypeError(f"a {type(value).__name__} is no {kind}")
 
 
@@ -283,4 +286,5 @@ def _header(value: Volume) -> dict[str, Any]:
 
 def _scene_header(scene: Scene, file: SceneFile) -> dict[str, Any]:
     unit = {"unit": file.unit, "level": file.level} if file.unit else {}
-    return {"frame": scene.frame, **unit, "surfaces": [structure.surface.name for structure in file.structures]}
+    lines = {"lines": [line.name for line in scene.lines]} if scene.lines else {}
+    return {"frame": scene.frame, **unit, "surfaces": [structure.surface.name for structure in file.structures], **lines}

@@ -13,7 +13,7 @@ from scangraph.contracts.labels import (
     lookup_table,
     plain_name,
 )
-from scangraph.contracts.scenes import Frame, GlbUnit, Scene, SceneFiles, SceneFormat, Surface
+from scangraph.contracts.scenes import Frame, GlbUnit, Line, Scene, SceneFiles, SceneFormat, Surface
 from scangraph.contracts.volumes import LabelMap, Volume, merge_label_maps
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "GlbUnit",
     "Label",
     "LabelMap",
+    "Line",
     "NoParameters",
     "Port",
     "Progress",

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts.errors import DamagedResult
-from scangraph.contracts.scenes import Scene, SceneFiles, Surface
+from scangraph.contracts.scenes import Line, Scene, SceneFiles, Surface
 from scangraph.contracts.volumes import LabelMap, Volume
 
 _MAGIC = b"scangraph\x00\x01\n"
@@ -91,8 +91,11 @@ def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
             arrays += [surface.vertices_mm, surface.faces]
             entry = {"name": surface.name, "label": surface.label, "color": surface.color}
             surfaces.append({**entry, **_given(measures=surface.measures, level=surface.level)})
+        for line in value.lines:
+            arrays += [line.points_mm, line.segments]
+        lines = [{"name": line.name, "label": line.label, "color": line.color} for line in value.lines]
         files = asdict(value.files) if value.files != SceneFiles() else None
-        more = _given(files=files, facts=value.facts)
+        more = _given(files=files, facts=value.facts, lines=lines)
         return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces, **more}
     if isinstance(value, bytes):
         arrays.append(np.frombuffer(value, np.uint8))
@@ -122,7 +125,12 @@ def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
             for n, entry in enumerate(head["surfaces"])
         )
         files = SceneFiles(**head.get("files", {}))
-        return Scene(surfaces, head["frame"], tuple(head["notes"]), files, head.get("facts", {}))
+        rest = arrays[2 * len(surfaces) :]
+        lines = tuple(
+            Line(entry["name"], entry["label"], tuple(entry["color"]), rest[2 * n], rest[2 * n + 1])
+            for n, entry in enumerate(head.get("lines", ()))
+        )
+        return Scene(surfaces, head["frame"], tuple(head["notes"]), files, head.get("facts", {}), lines)
     x, y, z = (tuple(row) for row in head["direction"])
     geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
     if head["type"] == "LabelMap":

@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-PortKind = Literal["image", "mask", "scene", "image2d"]
+PortKind = Literal["image", "mask", "scene", "image2d", "report"]
 Phase = Literal["any", "native", "arterial", "portal", "delayed"]
 
 #: What the file of each kind of port is called in requests and answers: `image` -> `image_path`, a scene -> `obj_path`.
-_PATH_NAMES: dict[str, str] = {"scene": "obj", "image2d": "png"}
+_PATH_NAMES: dict[str, str] = {"scene": "obj", "image2d": "png", "report": "json"}
 
 
 class NoParameters(BaseModel):
@@ -32,11 +32,13 @@ class Port(BaseModel):
     name : str
         `image`, `mask`, …; unique among the component's inputs, or outputs.
     kind : str
-        What goes through it.
+        What goes through it; a report is JSON text (bytes).
     phase : str
         For images: the contrast phase that is expected.
     many : bool
         Whether it takes a list.
+    also : tuple of str
+        Other names of its field in JSON, for clients that write it so.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -48,6 +50,7 @@ class Port(BaseModel):
     phase: Phase = "any"
     many: bool = False
     optional: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def path_name(self) -> str:

@@ -160,6 +160,23 @@ class UnknownLabels(UsageError):
     )
 
 
+class LabelsMissing(UsageError):
+    """A mask lacks the structures that are worked on."""
+
+    code, title = "labels-missing", "The mask lacks what is needed"
+    template = "{name} needs {wanted}, and the mask does not have {missing}; it has {found}. See GET /v1/labels."
+
+
+class GridsDiffer(UsageError):
+    """Two inputs that must lie on one grid do not."""
+
+    code, title = "grids-differ", "The inputs lie on different grids"
+    template = (
+        "{second} lies on another grid than {first}: {second_grid} instead of {first_grid}. "
+        "Resample it, or allow it to be resampled (resample=true)."
+    )
+
+
 # --- storage -------------------------------------------------------------------------------------------------------------
 
 

@@ -298,7 +298,8 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
         {
             "name": "renal-planning",
             "title": "Planning of a kidney operation",
-            "description": "Organs, vessels, ureters and tumor from the contrast phases, merged into one mask and one scene.",
+            "description": "Organs, vessels, ureters and tumor from the contrast phases in one mask, vessels and ureters "
+            "repaired, the fat around the kidneys marked; and a scene.",
             "inputs": {
                 "arterial": {"kind": "image", "phase": "arterial", "description": "CT in the arterial phase"},
                 "portal": {"kind": "image", "phase": "portal", "description": "CT in the portal venous phase"},
@@ -319,11 +320,29 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
                     "inputs": {"masks": ["organs.mask", "vessels.mask", "ureters.mask", "tumor.mask"]},
                     "parameters": {"structures": once},
                 },
-                {**scene, "inputs": {"mask": "merged.mask"}},
+                {
+                    "id": "vessel-repair",
+                    "component": "postprocess/vessel",
+                    "inputs": {"mask": "merged.mask"},
+                    "parameters": {"vessels": "all", "skip_missing": True},
+                },
+                {
+                    "id": "ureter-repair",
+                    "component": "postprocess/ureter",
+                    "inputs": {"mask": "vessel-repair.mask"},
+                    "parameters": {"skip_missing": True},
+                },
+                {
+                    "id": "fat",
+                    "component": "postprocess/fat",
+                    "inputs": {"masks": ["ureter-repair.mask"], "image": "input.portal"},
+                    "parameters": {"skip_missing": True},
+                },
+                {**scene, "inputs": {"mask": "fat.mask"}},
                 {
                     "id": "preview",
                     "component": "smoothing/preview",
-                    "inputs": {"image": "input.portal", "mask": "merged.mask", "scene": "scene.scene"},
+                    "inputs": {"image": "input.portal", "mask": "fat.mask", "scene": "scene.scene"},
                 },
             ],
             "outputs": {
@@ -331,7 +350,8 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
                 "vessels": "vessels.mask",
                 "ureters": "ureters.mask",
                 "tumor": "tumor.mask",
-                "mask": "merged.mask",
+                "merged": "merged.mask",
+                "mask": "fat.mask",
                 "scene": "scene.scene",
                 "preview": "preview.picture",
             },

@@ -157,6 +157,51 @@ class SceneFiles:
         object.__setattr__(self, "formats", tuple(sorted(formats, key=lambda name: name != "obj")))
 
 
+def _rebuild_line(name: str, label: int, color: tuple[int, int, int], points: Any, segments: Any) -> Line:
+    return Line(
+        name, label, color, np.frombuffer(points, np.float32).reshape(-1, 3), np.frombuffer(segments, np.int32).reshape(-1, 2)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One structure's centrelines.
+
+    Parameters
+    ----------
+    name, label, color
+        As in `Surface`.
+    points_mm : ndarray, shape (P, 3), float32
+        Positions in the scene's frame.
+    segments : ndarray, shape (S, 2), int32
+        Which points are joined.
+    """
+
+    name: str
+    label: int
+    color: tuple[int, int, int]
+    points_mm: NDArray[np.float32]
+    segments: NDArray[np.int32]
+
+    def __post_init__(self) -> None:
+        points = np.ascontiguousarray(self.points_mm, np.float32)
+        segments = np.ascontiguousarray(self.segments, np.int32)
+        if points.ndim != 2 or segments.ndim != 2 or points.shape[1] != 3 or segments.shape[1] != 2:
+            raise InvalidVolume(detail=f"lines are (P, 3) points and (S, 2) segments, got {points.shape} and {segments.shape}")
+        red, green, blue = map(int, self.color)
+        object.__setattr__(self, "label", int(self.label))
+        object.__setattr__(self, "color", (red, green, blue))
+        object.__setattr__(self, "points_mm", points)
+        object.__setattr__(self, "segments", segments)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        def buffer(array: NDArray[Any]) -> Any:
+            raw = array.reshape(-1).view(np.uint8)
+            return pickle.PickleBuffer(raw.data) if int(protocol) >= 5 else raw.tobytes()
+
+        return _rebuild_line, (self.name, self.label, self.color, buffer(self.points_mm), buffer(self.segments))
+
+
 @dataclass(frozen=True, eq=False)
 class Scene:
     """Surfaces that share one world frame, in millimetres.
@@ -173,6 +218,8 @@ class Scene:
         What it becomes when it is saved.
     facts : mapping
         Plain JSON values about the whole scene, for its manifest: the source's grid, the parameters.
+    lines : tuple of Line
+        Centrelines beside, or instead of, the surfaces.
     """
 
     surfaces: tuple[Surface, ...]
@@ -180,6 +227,7 @@ class Scene:
     notes: tuple[str, ...] = field(default=())
     files: SceneFiles = field(default=SceneFiles())
     facts: Mapping[str, Any] = field(default_factory=dict)
+    lines: tuple[Line, ...] = field(default=())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", _plain(self.facts))
@@ -190,7 +238,8 @@ class Scene:
             return self
         turn = np.array([-1, -1, 1], np.float32)
         turned = tuple(replace(s, vertices_mm=s.vertices_mm * turn, measures=_turned(s.measures)) for s in self.surfaces)
-        return replace(self, surfaces=turned, frame=frame)
+        lines = tuple(replace(line, points_mm=line.points_mm * turn) for line in self.lines)
+        return replace(self, surfaces=turned, frame=frame, lines=lines)
 
 
 def _turned(measures: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from scangraph.contracts import Scene, SceneFormat
+from scangraph.contracts import Line, Scene, SceneFormat
 from scangraph.scenefiles.glb import write_glb
 from scangraph.scenefiles.manifest import ManifestFile, make_manifest
 from scangraph.scenefiles.obj import write_mtl, write_obj
 from scangraph.scenefiles.ply import write_ply
 from scangraph.scenefiles.stl import write_stl
-from scangraph.scenefiles.structures import Sink, Structure, structures_of
+from scangraph.scenefiles.structures import Sink, Structure, lines_of, structures_of
 
 MANIFEST_ENDING = ".manifest.json"
 #: PLY has no registered type.
@@ -120,6 +120,7 @@ def scene_files(scene: Scene, stem: str) -> list[SceneFile]:
     """
     levels = structures_of(scene)
     everything = [structure for structures in levels.values() for structure in structures]
+    lines = lines_of(scene, everything)
     files: list[SceneFile] = []
     for kind in scene.files.formats:
         unit = scene.files.glb_unit if kind == "glb" else "mm"
@@ -128,11 +129,15 @@ def scene_files(scene: Scene, stem: str) -> list[SceneFile]:
             parts = {name: structures}
             if scene.files.per_structure and structures:
                 parts = {f"{name}.{structure.file_key}": [structure] for structure in structures}
+            if scene.files.per_structure and lines and kind == "obj" and level == 0:
+                parts[f"{stem}.centrelines"] = []
             for part, some in parts.items():
-                write = _writer(kind, scene, some, f"{stem}.mtl")
+                # Only OBJ has lines; they lie beside the finest surfaces, or by themselves.
+                own = lines if part in {stem, f"{stem}.centrelines"} else []
+                write = _writer(kind, scene, some, f"{stem}.mtl", own)
                 files.append(SceneFile(f"{part}.{kind}", kind, unit, level, some, write))
         if kind == "obj":
-            write = partial(write_mtl, structures=everything)
+            write = partial(write_mtl, structures=everything, lines=lines)
             files.append(SceneFile(f"{stem}.mtl", "mtl", None, None, everything, write))
     archive = f"{stem}.zip" if scene.files.zipped else None
     described = tuple(files)
@@ -184,9 +189,11 @@ def save_scene(scene: Scene, folder: Path | str, stem: str = "scene") -> list[Pa
     return paths
 
 
-def _writer(format_name: SceneFormat, scene: Scene, some: Sequence[Structure], mtl_name: str) -> Callable[[Sink], None]:
+def _writer(
+    format_name: SceneFormat, scene: Scene, some: Sequence[Structure], mtl_name: str, lines: Sequence[tuple[str, Line]]
+) -> Callable[[Sink], None]:
     if format_name == "obj":
-        return partial(write_obj, scene=scene, structures=some, mtl_name=mtl_name)
+        return partial(write_obj, scene=scene, structures=some, mtl_name=mtl_name, lines=lines)
     if format_name == "glb":
         return partial(write_glb, scene=scene, structures=some, unit=scene.files.glb_unit)
     return partial(write_stl if format_name == "stl" else write_ply, scene=scene, structures=some)

@@ -10,15 +10,17 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from scangraph.contracts import Scene
+from scangraph.contracts import Line, Scene
 from scangraph.scenefiles.structures import Sink, Structure, blocks, notes_of, one_line
 
 #: Decimals of a coordinate: 0.1 µm, what float32 resolves at a metre from the origin.
 _PLACES = 4
 
 
-def write_obj(out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name: str) -> None:
-    """Write structures as OBJ text, one object, group and material each.
+def write_obj(
+    out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name: str, lines: Sequence[tuple[str, Line]] = ()
+) -> None:
+    """Write structures as OBJ text, one object, group and material each; centrelines as line elements.
 
     Parameters
     ----------
@@ -29,6 +31,8 @@ def write_obj(out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name
         What of it is written; coordinates in mm, to 0.1 µm.
     mtl_name : str
         Name of the file with the materials, beside this one.
+    lines : sequence of (str, Line)
+        Centrelines that are written, too, each under its name.
     """
     head = ["scangraph scene", "unit: mm", f"SPACE={scene.frame}", *notes_of(scene)]
     out.write("".join([*(f"# {one_line(note)}\n" for note in head), f"mtllib {one_line(mtl_name)}\n"]).encode())
@@ -41,15 +45,24 @@ def write_obj(out: Sink, scene: Scene, structures: Sequence[Structure], mtl_name
         for corners in blocks(surface.faces):
             out.write(_lines("f", corners.astype(np.int64) + first))
         first += len(surface.vertices_mm)
+    for key, line in lines:
+        out.write(f"o {key}\ng {key}\nusemtl {key}\n".encode())
+        for positions in blocks(line.points_mm):
+            out.write(_lines("v", np.rint(positions * np.float64(10**_PLACES)).astype(np.int64), _PLACES))
+        out.write("".join(f"l {a + first} {b + first}\n" for a, b in line.segments.tolist()).encode())
+        first += len(line.points_mm)
 
 
-def write_mtl(out: Sink, structures: Sequence[Structure]) -> None:
-    """Write the materials of structures, those of one name once."""
+def write_mtl(out: Sink, structures: Sequence[Structure], lines: Sequence[tuple[str, Line]] = ()) -> None:
+    """Write the materials of structures, those of one name once, and of centrelines."""
     materials: dict[str, str] = {}
     for structure in structures:
         red, green, blue = (c / 255 for c in structure.surface.color)
         color = f"Kd {red:.4f} {green:.4f} {blue:.4f}"
         materials.setdefault(structure.key, f"newmtl {structure.key}\n{color}\nKs 0.1000 0.1000 0.1000\nNs 20\nd 1.0\n")
+    for key, line in lines:
+        red, green, blue = (c / 255 for c in line.color)
+        materials.setdefault(key, f"newmtl {key}\nKd {red:.4f} {green:.4f} {blue:.4f}\nd 1.0\n")
     out.write("".join(["# scangraph materials\n", *materials.values()]).encode())
 
 

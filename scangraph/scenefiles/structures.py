@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scangraph.contracts import Label, Scene, Surface, label_table, plain_name
+from scangraph.contracts import Label, Line, Scene, Surface, label_table, plain_name
 
 NOTICE = "Research use only. Not a medical device."
 #: Farther than this from the world's origin nothing is that was scanned; and OBJ's digits are whole numbers of 64 bits.
@@ -83,6 +83,22 @@ def structures_of(scene: Scene) -> dict[int, list[Structure]]:
             known = Label(number=surface.label, name=name or otherwise, color=surface.color)
         level.append(Structure(surface, *names[which], known))
     return levels or {0: []}
+
+
+def lines_of(scene: Scene, structures: Sequence[Structure]) -> list[tuple[str, Line]]:
+    """Return the centrelines with names that no structure and no other line has.
+
+    Raises
+    ------
+    ValueError
+        If a point is not finite.
+    """
+    taken, named = {structure.key.lower() for structure in structures}, []
+    for line in scene.lines:
+        if not np.isfinite(line.points_mm).all():
+            raise ValueError(f"{line.name} has points that are not finite")
+        named.append((_unique(f"{_UNFIT.sub('_', one_line(line.name)).strip('_')}_centreline", line.label, taken), line))
+    return named
 
 
 def one_line(text: str) -> str:

@@ -22,7 +22,12 @@ from scangraph.store.pipelines import Stored
 from scangraph.store.tables import Execution, File, Step
 
 #: Kind of a stored file -> kind of the ports that it comes from.
-_PORT_KINDS = {"nifti": "mask", "png": "image2d", **dict.fromkeys(("obj", "glb", "stl", "ply", "zip"), "scene")}
+_PORT_KINDS = {
+    "nifti": "mask",
+    "png": "image2d",
+    "json": "report",
+    **dict.fromkeys(("obj", "glb", "stl", "ply", "zip"), "scene"),
+}
 
 
 def download_url(file_id: str) -> str:

@@ -95,7 +95,8 @@ def test_built_in_pipelines_are_there_and_stay_as_they_are(gateway: Gateway) -> 
         }
         assert names == {
             "organs", "renal-planning", "inference-totalseg", "inference-vessel", "inference-ureter", "inference-tumor",
-            "postprocess-merge", "smoothing-base",
+            "postprocess-merge", "postprocess-clean", "postprocess-vessel", "postprocess-ureter", "postprocess-skeleton",
+            "postprocess-fat", "postprocess-sample", "smoothing-base",
         }  # fmt: skip
         found = client.get("/v1/pipelines/renal-planning")
         headers = {"If-Match": found.headers["ETag"]}

@@ -98,7 +98,7 @@ def test_a_whole_plan_of_a_kidney_operation(client: httpx.Client, phantom: Phant
     body = answer.json()
     assert body["status"] == "completed", body["error"]
     assert {f["name"] for f in body["output_files"]} == {
-        "organs", "vessels", "ureters", "tumor", "mask", "scene", "preview", "manifest",
+        "organs", "vessels", "ureters", "tumor", "merged", "mask", "scene", "preview", "manifest",
     }  # fmt: skip
     for file in body["output_files"]:
         content = client.get(file["download_url"]).content

@@ -112,12 +112,23 @@ def test_the_demo_on_the_service(service: str, service_settings: Settings, phant
     out = tmp_path / "out"
     scangraph("demo", "--ct", image, "--out", out, data=service_settings.data)
     names = {p.name for p in out.iterdir()}
-    masks = {f"{name}.nii.gz" for name in ("organs", "vessels", "ureters", "tumor", "merged")}
+    masks = {f"{name}.nii.gz" for name in ("organs", "vessels", "ureters", "tumor", "merged", "fat")}
     assert names == masks | {"scene.obj", "scene.mtl", "scene.manifest.json", "preview.png", "report.json"}
     for name in masks:
         assert read_nifti((out / name).read_bytes(), name, as_mask=True).same_grid(phantom.volumes["portal"])
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
-    assert report["steps"].keys() == {"organs", "vessels", "ureters", "tumor", "merged", "scene", "preview"}
+    assert report["steps"].keys() == {
+        "organs",
+        "vessels",
+        "ureters",
+        "tumor",
+        "merged",
+        "vessel-repair",
+        "ureter-repair",
+        "fat",
+        "scene",
+        "preview",
+    }
     assert all(step["seconds"] > 0 and step["peak_mb"] > 0 for step in report["steps"].values())
     assert any("same image" in w for w in report["steps"]["vessels"]["warnings"])
     assert {"aorta", "ureter"} <= {row["name"] for row in report["structures"]}

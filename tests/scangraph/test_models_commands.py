@@ -91,7 +91,7 @@ def test_a_pipeline_of_that_name_is_never_run_instead(tmp_path: Path) -> None:
 def test_a_model_that_comes_while_two_gateways_run(tmp_path: Path) -> None:
     """Real Ray: listed, run by endpoint, pipeline and handle; its names reach scene, picture and files; gone when removed."""
     settings = load_settings(data=tmp_path / "data")
-    for stage in ("base", "nnunet", "smoothing"):
+    for stage in ("base", "nnunet", "smoothing", "postprocess"):
         if not (settings.environments_dir / stage / "scangraph-lock").exists():
             pytest.skip(f"environment {stage!r} is not built: run `make setup`")
     command = [sys.executable, "-m", "tests.scangraph.two_gateways", str(tmp_path)]

@@ -393,6 +393,9 @@ def find_candidates(
     blunt = is_piece & ~with_ends
     inside = np.flatnonzero(is_piece[lines.piece] & ((lines.degree != 1) | blunt[lines.piece]))
     sides = cKDTree(lines.position_mm[inside])
+    tips: dict[int, list[End]] = {}
+    for end in ends:
+        tips.setdefault(end.piece, []).append(end)
     for end in ends:
         best: Candidate | None = None
         # A side branch is thickest where it leaves: a tip that ends beside another vessel is just a tip.
@@ -401,7 +404,7 @@ def find_candidates(
             vertex = int(inside[place])
             if lines.piece[vertex] == end.piece or lines.radius_mm[vertex] < 0.75 * end.radius_mm:
                 continue
-            if not (is_root or blunt[lines.piece[vertex]]):
+            if not (is_root or blunt[lines.piece[vertex]]) or _through_an_end(end, lines, vertex, tips, limits):
                 continue
             found = _end_to_side(end, lines, vertex, limits, blunt=bool(blunt[lines.piece[vertex]]))
             if found is not None and (best is None or found.cost < best.cost):
@@ -432,6 +435,18 @@ def _end_to_end(a: End, b: End, limits: Limits) -> tuple[Candidate, str | None]:
     elif ratio > limits.radius_ratio:
         reason = f"radii {a.radius_mm:.1f} and {b.radius_mm:.1f} mm"
     return candidate, reason
+
+
+def _through_an_end(end: End, lines: Centrelines, vertex: int, tips: dict[int, list[End]], limits: Limits) -> bool:
+    """Whether the way to a vessel's side leads through that vessel's end, whose radius does not fit."""
+    way = lines.position_mm[vertex] - end.point_mm
+    for tip in tips.get(int(lines.piece[vertex]), ()):
+        if max(tip.radius_mm, end.radius_mm) / min(tip.radius_mm, end.radius_mm) <= limits.radius_ratio:
+            continue
+        t = np.clip((tip.point_mm - end.point_mm) @ way / max(1e-9, float(way @ way)), 0, 1)
+        if np.linalg.norm(end.point_mm + t * way - tip.point_mm) < tip.radius_mm:
+            return True
+    return False
 
 
 def _end_to_side(end: End, lines: Centrelines, vertex: int, limits: Limits, *, blunt: bool) -> Candidate | None:
@@ -578,20 +593,24 @@ class Painter:
         offset = position - line[nearest]
         tangent = np.gradient(line, axis=0)
         tangent /= np.linalg.norm(tangent, axis=1)[:, None]
+        # The curve leaves the one piece here and enters the other there; behind, nothing is painted.
+        core = np.clip(np.rint(line / self._spacing).astype(np.int64), 0, self._shape - 1)
+        piece = self.piece_at(core)
+        leaves = int(np.flatnonzero(piece == a.piece).max(initial=0)) if a.piece != b.piece else 0
+        enters = np.flatnonzero(piece[leaves:] == b.piece) if a.piece != b.piece else np.empty(0, np.int64)
+        stop = leaves + int(enters[0]) if len(enters) else len(line) - 1
         # No caps beyond the curve's ends, and nothing behind the faces but their ragged rims.
         within = np.abs(np.einsum("ij,ij->i", offset, tangent[nearest])) <= 0.75 * self._spacing.max()
         within &= _between_faces(position, a, b, _RIM_MM)
+        if b.is_side:
+            within &= nearest <= stop + round(0.5 * b.radius_mm / _STEP_MM)
         u = np.einsum("ij,ij->i", offset, frames[nearest, 0])
         v = np.einsum("ij,ij->i", offset, frames[nearest, 1])
         t = nearest / (len(line) - 1)
         depth = (1 - t) * section_a.at(u, v) + t * section_b.at(u, v)
         painted = index[within & (depth <= 0)]
-        # However thin: the curve itself joins, from where it leaves the one piece to where it enters the other.
-        core = np.clip(np.rint(line / self._spacing).astype(np.int64), 0, self._shape - 1)
-        piece = self.piece_at(core)
-        leaves = int(np.flatnonzero(piece == a.piece).max(initial=0)) if a.piece != b.piece else 0
-        enters = np.flatnonzero(piece[leaves:] == b.piece) if a.piece != b.piece else np.empty(0, np.int64)
-        core = core[leaves : leaves + int(enters[0]) + 1 if len(enters) else None]
+        # However thin: the curve itself joins.
+        core = core[leaves : stop + 1]
         core = core[self._array[tuple(core.T)] == 0]
         return np.unique(np.concatenate([painted, core]), axis=0)
 

@@ -46,6 +46,8 @@ bench: setup-dev ## measure again what benchmarks/README.md quotes
 	@$(DEV)/python -m benchmarks.faults --executions 20
 	@$(DEV)/python -m benchmarks.nnunet.speed
 	@$(DEV)/python -m benchmarks.nnunet.export
+	@$(DEV)/python -m benchmarks.postprocess.repair
+	@$(DEV)/python -m benchmarks.postprocess.derived
 
 lock: ## resolve runtime_envs/*.in into the locks again
 	@$(PYTHON) runtime_envs/build.py --lock

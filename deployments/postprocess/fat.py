@@ -105,7 +105,7 @@ def perirenal_fat(
 
 
 def kidneys_by_side(array: NDArray[np.unsignedinteger], middle: float) -> dict[str, NDArray[np.int64]]:
-    """Return the voxels (n, 3) of each kidney with its tumor and cysts, in an LPS array; a side without a kidney is left out."""
+    """Return the voxels (n, 3) of each kidney with its tumor and cysts, in an LPS array; a side without one is left out."""
     renal = (masks.KIDNEY_RIGHT, masks.KIDNEY_LEFT, masks.KIDNEY, masks.TUMOR, masks.CYST, masks.CYST_LEFT, masks.CYST_RIGHT)
     voxels = []
     for z, plane in enumerate(array):

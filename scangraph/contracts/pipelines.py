@@ -298,8 +298,8 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
         {
             "name": "renal-planning",
             "title": "Planning of a kidney operation",
-            "description": "Organs, vessels, ureters and tumor from the contrast phases in one mask, vessels and ureters repaired, "
-            "the fat around the kidneys marked; and a scene.",
+            "description": "Organs, vessels, ureters and tumor from the contrast phases in one mask: vessels and ureters "
+            "repaired, the fat around the kidneys marked; and a scene.",
             "inputs": {
                 "arterial": {"kind": "image", "phase": "arterial", "description": "CT in the arterial phase"},
                 "portal": {"kind": "image", "phase": "portal", "description": "CT in the portal venous phase"},

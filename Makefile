@@ -56,6 +56,8 @@ bench: setup-dev ## measure again what benchmarks/README.md quotes
 	@$(DEV)/python -m benchmarks.smoothing.quality
 	@$(DEV)/python -m benchmarks.smoothing.files
 	@$(DEV)/python -m benchmarks.smoothing.distances
+	@$(DEV)/python -m benchmarks.postprocess.repair
+	@$(DEV)/python -m benchmarks.postprocess.derived
 
 lock: ## resolve runtime_envs/*.in into the locks again
 	@$(PYTHON) runtime_envs/build.py --lock

@@ -320,5 +320,5 @@ def test_what_is_allowed_stays_importable(tmp_path: Path) -> None:
 def test_rooms_in_one_process_do_not_open_each_others_doors(tmp_path: Path) -> None:
     (tmp_path / "first.py").write_text("import deployments.imageio.nifti")
     (tmp_path / "second.py").write_text("import deployments.imageio.nifti")
-    rooms = [(ROOMS["imageio"], ["first"]), (ROOMS["postprocess"], ["second"])]
+    rooms = [(ROOMS["imageio"], ["first"]), (ROOMS["shared"], ["second"])]
     assert failed_imports(rooms, tmp_path).keys() == {"second"}

@@ -23,7 +23,8 @@ SPACING = (1.0, 0.8, 0.9)
 
 def tube(points: Any, radius: float, shape: tuple[int, int, int], spacing: tuple[float, ...] = SPACING) -> NDArray[np.uint8]:
     index = np.argwhere(np.ones(shape, bool))
-    return (cKDTree(points).query(index * spacing)[0] <= radius).reshape(shape).astype(np.uint8)
+    near: NDArray[np.bool_] = cKDTree(points).query(index * np.array(spacing))[0] <= radius
+    return near.reshape(shape).astype(np.uint8)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.0, 0.7, 0.7), (0.8, 1.5, 0.8)])

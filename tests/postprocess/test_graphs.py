@@ -18,7 +18,9 @@ def random_graph(seed: int, nodes: int = 200, edges: int = 260) -> Graph:
     rng = np.random.default_rng(seed)
     pairs = rng.integers(0, nodes, (edges, 2))
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    return Graph.from_edges(nodes, pairs, rng.permutation(len(pairs)) + 1.0)  # all different: one spanning forest only
+    return Graph.from_edges(
+        nodes, pairs, (rng.permutation(len(pairs)) + 1).astype(np.float64)
+    )  # all different: one spanning forest only
 
 
 @pytest.mark.parametrize("make", BACKENDS)

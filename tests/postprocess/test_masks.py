@@ -215,17 +215,17 @@ def pair() -> tuple[LabelMap, LabelMap]:
 
 
 def test_shared_structures_are_aligned_without_folds(pair: tuple[LabelMap, LabelMap]) -> None:
-    works = [coarse(m.reoriented("LPS")) for m in pair]
-    one, other = (structures(w) for w in works)
+    own, pattern = (coarse(m.reoriented("LPS")) for m in pair)
+    one, other = structures(own), structures(pattern)
     shared = sorted(one.keys() & other.keys())
     assert {1, 2, 3, 5, 21} <= set(shared)
-    alignment = align(*works, one, other, shared)
-    dice = shared_dice(*works, alignment, one, other, shared)
+    alignment = align(own, pattern, one, other, shared)
+    dice = shared_dice(own, pattern, alignment, one, other, shared)
     assert np.mean(list(dice.values())) >= 0.94
     assert min(dice.values()) >= 0.92
     assert alignment.jacobian().min() > 0
     # There and back.
-    points = np.argwhere(one[5])[::50] * templates.WORK_MM + works[0].origin_mm
+    points = np.argwhere(one[5])[::50] * templates.WORK_MM + own.origin_mm
     assert np.abs(alignment.to_patient(alignment.to_template(points)) - points).max() < 0.5
 
 
@@ -287,7 +287,8 @@ def test_the_stage_runs_every_component_and_results_can_be_kept(pair: tuple[Labe
         done = operation(inputs, component.parameters(), lambda *_: None)
         assert len(done.outputs) == len(component.outputs)
         for port, value in zip(component.outputs, done.outputs, strict=True):
-            assert isinstance(value, {"mask": LabelMap, "report": bytes, "scene": Scene}[port.kind])
+            kinds: dict[str, Any] = {"mask": LabelMap, "report": bytes, "scene": Scene}
+            assert isinstance(value, kinds[port.kind])
             again = from_bytes(to_bytes(value))
             assert to_bytes(again) == to_bytes(value)
         assert component.parameters is NoParameters or component.parameters.model_fields

@@ -1,0 +1,1 @@
+"""The mask stage: quality and speed."""

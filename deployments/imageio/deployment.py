@@ -260,7 +260,7 @@ def _plan(value: Volume | Scene | bytes, kind: str, stem: str) -> list[_Planned]
     if kind == "image2d" and isinstance(value, bytes):
         return [_Planned(".png", Kind("png", "image/png"), {}, lambda: value)]
     if kind == "report" and isinstance(value, bytes):
-        return [_Planned(".json", Kind("json", "application/json"), {}, lambda: value)]
+        return [_Planned(".json", Kind("report", "application/json"), {}, lambda: value)]
     raise TypeError(f"a {type(value).__name__} is no {kind}")
 
 

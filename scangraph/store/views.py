@@ -25,7 +25,7 @@ from scangraph.store.tables import Execution, File, Step
 _PORT_KINDS = {
     "nifti": "mask",
     "png": "image2d",
-    "json": "report",
+    "report": "report",
     **dict.fromkeys(("obj", "glb", "stl", "ply", "zip"), "scene"),
 }
 

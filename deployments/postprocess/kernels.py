@@ -269,6 +269,7 @@ def warp_labels(out, source, keep, matrix, offset, field, field_matrix, field_of
     nz, ny, nx = out.shape
     sz, sy, sx = source.shape
     fa, fb, fc = field.shape[1:]
+    row = np.empty((fc, 3))  # the field along x, at this z and y
     painted = 0
     for z in range(nz):
         az = min(max(field_matrix[0] * z + field_offset[0], 0.0), fa - 1.000001)
@@ -278,30 +279,23 @@ def warp_labels(out, source, keep, matrix, offset, field, field_matrix, field_of
             ay = min(max(field_matrix[1] * y + field_offset[1], 0.0), fb - 1.000001)
             j = int(ay)
             wy = ay - j
+            for k in range(fc):
+                for a in range(3):
+                    front = (1 - wy) * field[a, i, j, k] + wy * field[a, i, j + 1, k]
+                    back = (1 - wy) * field[a, i + 1, j, k] + wy * field[a, i + 1, j + 1, k]
+                    row[k, a] = (1 - wz) * front + wz * back
             for x in range(nx):
                 if out[z, y, x] != 0:
                     continue
-                # A glance at where the affine map alone leads: most of a CT is far outside the template.
+                ax = min(max(field_matrix[2] * x + field_offset[2], 0.0), fc - 1.000001)
+                k = int(ax)
+                w = ax - k
                 pz = matrix[0, 0] * z + matrix[0, 1] * y + matrix[0, 2] * x + offset[0]
                 py = matrix[1, 0] * z + matrix[1, 1] * y + matrix[1, 2] * x + offset[1]
                 px = matrix[2, 0] * z + matrix[2, 1] * y + matrix[2, 2] * x + offset[2]
-                if pz < -40 or py < -40 or px < -40 or pz > sz + 40 or py > sy + 40 or px > sx + 40:
-                    continue
-                ax = min(max(field_matrix[2] * x + field_offset[2], 0.0), fc - 1.000001)
-                k = int(ax)
-                wx = ax - k
-                moved = np.empty(3)
-                for a in range(3):
-                    front = (1 - wx) * ((1 - wy) * field[a, i, j, k] + wy * field[a, i, j + 1, k]) + wx * (
-                        (1 - wy) * field[a, i, j, k + 1] + wy * field[a, i, j + 1, k + 1]
-                    )
-                    back = (1 - wx) * ((1 - wy) * field[a, i + 1, j, k] + wy * field[a, i + 1, j + 1, k]) + wx * (
-                        (1 - wy) * field[a, i + 1, j, k + 1] + wy * field[a, i + 1, j + 1, k + 1]
-                    )
-                    moved[a] = (1 - wz) * front + wz * back
-                iz = int(np.floor(pz + moved[0] + 0.5))
-                iy = int(np.floor(py + moved[1] + 0.5))
-                ix = int(np.floor(px + moved[2] + 0.5))
+                iz = int(np.floor(pz + (1 - w) * row[k, 0] + w * row[k + 1, 0] + 0.5))
+                iy = int(np.floor(py + (1 - w) * row[k, 1] + w * row[k + 1, 1] + 0.5))
+                ix = int(np.floor(px + (1 - w) * row[k, 2] + w * row[k + 1, 2] + 0.5))
                 if iz < 0 or iy < 0 or ix < 0 or iz >= sz or iy >= sy or ix >= sx:
                     continue
                 number = source[iz, iy, ix]

@@ -304,3 +304,15 @@ def test_a_pipeline_may_pass_over_what_is_missing() -> None:
         assert np.array_equal(done.outputs[0].array, liver.array)
         assert done.facts == {"skipped": True}
         assert "5 liver" in done.warnings[0]
+
+
+def test_a_template_may_be_spelled_as_clients_spell_it() -> None:
+    from deployments.gateway.app import request_model
+    from deployments.postprocess.components import SAMPLE
+
+    model = request_model(SAMPLE)
+    for name in ("template_path", "templete_path"):
+        body = model.model_validate({"mask_path": "m.nii.gz", name: "t.nii.gz"})
+        assert body.model_dump(exclude_unset=True) == {"mask_path": "m.nii.gz", "template_path": "t.nii.gz"}
+    with pytest.raises(ValueError, match="Extra inputs"):
+        model.model_validate({"mask_path": "m.nii.gz", "tmplate_path": "t.nii.gz"})

@@ -1,6 +1,6 @@
 """Memory and speed of large transfers through a real service: `python -m benchmarks.uploads [GB]`.
 
-What is sent is a PNG's first bytes and then noise, so that the gate looks at it and inflates nothing: the figures are those of
+What is sent is a GLB's first bytes and then noise, so that the gate looks at it and inflates nothing: the figures are those of
 the way in and out: Serve's proxy, the gateway's replica and the storage (a local folder, every file synced to the disk).
 """
 
@@ -22,14 +22,14 @@ from benchmarks.service import ServiceProcess
 
 MB = 2**20
 PIECE = MB
-PNG = b"\x89PNG\r\n\x1a\n"
+GLB = b"glTF\x02\0\0\0"
 _BOUNDARY = "scangraph-benchmark"
 
 
 def stream(size: int) -> Iterator[bytes]:
     noise = os.urandom(PIECE)
-    yield PNG
-    left = size - len(PNG)
+    yield GLB
+    left = size - len(GLB)
     while left:
         piece = noise[: min(left, PIECE)]
         left -= len(piece)
@@ -37,7 +37,7 @@ def stream(size: int) -> Iterator[bytes]:
 
 
 def form(size: int) -> Iterator[bytes]:
-    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="noise.png"\r\n\r\n'
+    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="file"; filename="noise.glb"\r\n\r\n'
     yield head.encode()
     yield from stream(size)
     yield f"\r\n--{_BOUNDARY}--\r\n".encode()

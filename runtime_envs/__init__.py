@@ -9,7 +9,9 @@ from scangraph.contracts.errors import FatalError
 from scangraph.settings import HOME, Settings
 
 #: Stages that need nothing but the base environment share it.
-SHARES_BASE = frozenset({"gateway", "executor", "imageio"})
+SHARES_BASE = frozenset({"gateway", "executor", "imageio", "kafka"})
+#: Stages with loops that numba compiles.
+COMPILES = frozenset({"nnunet", "smoothing", "postprocess"})
 
 
 class EnvironmentMissing(FatalError):
@@ -23,12 +25,15 @@ def lock_of(stage: str, settings: Settings | None = None) -> str:
     """Name of the lock a stage runs from, without its ending; settings may choose one with an extra."""
     if stage == "smoothing" and settings is not None and settings.smoothing.open3d:
         return "smoothing-open3d"
+    if stage == "postprocess" and settings is not None and settings.postprocess.cugraph:
+        return "postprocess-cugraph"
     return "base" if stage in SHARES_BASE else stage
 
 
 def command_for(lock: str) -> str:
     """What builds the environment of a lock."""
-    return "make setup-open3d" if lock == "smoothing-open3d" else "make setup"
+    _, _, extra = lock.partition("-")
+    return f"make setup-{extra}" if extra else "make setup"
 
 
 def pins(lock: str) -> list[str]:
@@ -37,12 +42,23 @@ def pins(lock: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
+def placement(stage: str, settings: Settings) -> dict[str, float]:
+    """Return the Ray resources by which a stage finds nodes that have its environment; where all nodes have all, none.
+
+    A replica takes next to nothing of it: the resource says what a node has, and its processors and GPUs say how much.
+    """
+    return {f"scangraph-{lock_of(stage, settings)}": 0.001} if settings.environments == "images" else {}
+
+
 def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
     """Return Ray's `runtime_env` of a stage.
 
-    Two ways to the same packages: *prebuilt* points at the interpreter that `make setup` made, which costs nothing at start;
-    *ray-built* lets Ray install the lock with uv on whatever node the replica lands. Ray's default for the latter adds
-    `--no-cache`, which costs minutes at every start, hence the explicit options.
+    Three ways to the same packages: *prebuilt* points at the interpreter that `make setup` made, which costs nothing at start;
+    *images* does so, too, but it is on other nodes (`placement`); *ray-built* lets Ray install the lock with uv on whatever
+    node the replica lands. Ray's default for the latter adds `--no-cache`, which costs minutes at every start, hence the
+    explicit options.
+
+    What numba compiles is kept in the data folder: beside the code it may be read-only, and each environment has its own numba.
 
     Raises
     ------
@@ -50,13 +66,15 @@ def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
         If a prebuilt environment is not there.
     """
     lock = lock_of(stage, settings)
-    code = {"working_dir": f"local://{HOME}"}
+    code: dict[str, Any] = {"working_dir": f"local://{HOME}"}
+    if stage in COMPILES:
+        code["env_vars"] = {"NUMBA_CACHE_DIR": str(settings.cache / lock / "numba")}
     if settings.environments == "ray-built":
         if lock == "base":
             return code  # the cluster's own interpreter has it
         overrides = str(Path(__file__).with_name("overrides.txt"))
         return {"uv": {"packages": pins(lock), "uv_pip_install_options": ["--override", overrides]}, **code}
     python = settings.environments_dir / lock / "bin" / "python"
-    if not python.exists():
+    if settings.environments == "prebuilt" and not python.exists():
         raise EnvironmentMissing(stage=stage, expected=str(python), command=command_for(lock))
     return {"py_executable": str(python), **code}

@@ -4,6 +4,9 @@
     python3.11 runtime_envs/build.py [STAGE ...]        make what is missing or outdated (default: every serving stage)
     python3.11 runtime_envs/build.py --lock [STAGE ...] resolve the `.in` files again into the `.txt` locks
 
+Besides, `../proto` is compiled into `scangraph/imageflow`, where it changed, by the compiler in `.envs/protoc`; and the web
+page, `../ui`, is bundled into `deployments/gateway/page`, where it changed and Node is there. All else works without the page.
+
 Standard library only: this runs before anything is installed. uv does the work (in a small venv of its own, `.envs/tools`)
 and hard-links every file out of one cache, so a second environment with the same torch costs seconds and no space.
 """
@@ -16,6 +19,7 @@ import concurrent.futures
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -25,12 +29,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVS = HERE.parent / ".envs"
 UV_VERSION = "0.13.8"
-SERVING = ("base", "nnunet", "smoothing", "postprocess")
+SERVING = ("base", "nnunet", "smoothing", "postprocess", "imaging")
 #: Stages with more than they need, which a setting chooses; built only when they are named.
-EXTRAS = ("smoothing-open3d",)
+EXTRAS = ("smoothing-open3d", "postprocess-cugraph")
+#: What an extra's packages want in another version than everybody else; all other pins are `dev`'s.
+APART = {"postprocess-cugraph": ("numba", "llvmlite", "pandas")}
+#: What compiles `proto/`; nothing runs in it.
+COMPILER = "protoc"
+#: The oldest Node that bundles the page.
+NODE = (20, 19)
 #: `dev` goes first and constrains the serving stages' locks, so that one environment can hold all of them for tests and
 #: notebooks; `numpy1`, an old interpreter for the pickling test, stands by itself.
-LOCKED = ("dev", *SERVING, *EXTRAS, "numpy1")
+LOCKED = ("dev", *SERVING, *EXTRAS, COMPILER, "numpy1")
 #: torch's own CUDA packages stay out of the locks: each torch build pins its own exactly, and the CPU build has none.
 TORCH_BUILD_ONLY = re.compile(r"^(nvidia-|cuda-|triton\b)", re.IGNORECASE)
 
@@ -74,9 +84,9 @@ def uv_environment(python: str, environ: dict[str, str]) -> dict[str, str]:
     return env
 
 
-def run(purpose: str, command: list[str], env: dict[str, str]) -> None:
-    """Run one command; turn its failure into a message that names the purpose and the cause."""
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+def run(purpose: str, command: list[str], env: dict[str, str], given: str = "", at: Path | None = None) -> None:
+    """Run one command, `given` on its input; turn its failure into a message that names the purpose and the cause."""
+    done = subprocess.run(command, env=env, input=given, capture_output=True, text=True, check=False, cwd=at)
     if done.returncode:
         cause = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
         raise SetupError(f"{purpose} failed:\n  " + "\n  ".join(cause[-12:]))
@@ -117,10 +127,84 @@ def build(stage: str, uv: str, env: dict[str, str], locks: Path = HERE, envs: Pa
     python = str(target / "bin/python")
     install = [uv, "pip", "install", "-q", "--python", python, "--override", str(HERE / "overrides.txt"), "-r", str(lock)]
     run(purpose, install, env)
-    if stage in ("base", "dev"):  # the command `scangraph`; the other stages find the code by their working directory
+    # The command `scangraph`; the other stages find the code by their working directory, and so do images, which have it later.
+    if stage in ("base", "dev") and (HERE.parent / "pyproject.toml").exists():
         run(purpose, [uv, "pip", "install", "-q", "--python", python, "--no-deps", "-e", str(HERE.parent)], env)
     marker.write_text(wanted)
     return f"{stage}: built in {time.monotonic() - start:.0f} s"
+
+
+def compile_proto(env: dict[str, str], home: Path = HERE.parent, envs: Path = ENVS) -> str:
+    """Make `scangraph/imageflow` out of `proto/imageflow` and return one line that says what was done.
+
+    Below `scangraph`, so that whatever can import that can import these: Serve's proxies, replicas, and a client's machine.
+    """
+    sources = sorted((home / "proto").glob("imageflow/**/*.proto"))
+    target = home / "scangraph" / "imageflow"
+    marker = target / "made-from"
+    made_from = [(HERE / f"{COMPILER}.txt").read_text(), *(source.read_text() for source in sources)]
+    wanted = hashlib.sha256("\0".join(made_from).encode()).hexdigest()
+    if marker.exists() and marker.read_text() == wanted:
+        return "proto: up to date"
+    marker.unlink(missing_ok=True)
+    command = [str(envs / COMPILER / "bin/python"), "-m", "grpc_tools.protoc", f"--proto_path=scangraph={home / 'proto'}"]
+    command += [f"--{kind}_out={home}" for kind in ("python", "pyi", "grpc_python")]
+    run("compiling proto/", [*command, *(f"scangraph/{source.relative_to(home / 'proto')}" for source in sources)], env)
+    marker.write_text(wanted)
+    return "proto: compiled"
+
+
+def build_page(environ: dict[str, str], home: Path = HERE.parent) -> str:
+    """Make `deployments/gateway/page` out of `ui` and return one line that says what was done, or why it was not.
+
+    Packages come by npm in exactly the versions of `ui/package-lock.json`, and no script of theirs is run. The new page is put
+    into the old one's place when it is whole: a service that runs gives either.
+    """
+    start, ui, target = time.monotonic(), home / "ui", home / "deployments" / "gateway" / "page"
+    if not (ui / "package-lock.json").exists():
+        return "page: not built, there is no ui/ here"
+    sources = sorted(path for path in ui.rglob("*") if path.is_file() and "node_modules" not in path.relative_to(ui).parts)
+    parts = [part for path in sources for part in (path.relative_to(ui).as_posix().encode(), path.read_bytes())]
+    wanted = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    if (target / "made-from").exists() and (target / "made-from").read_text() == wanted:
+        return "page: up to date"
+    stays = "the one that is there stays" if (target / "index.html").exists() else "the service runs without it"
+    node, npm = (shutil.which(name, path=environ.get("PATH", "")) for name in ("node", "npm"))
+    found = _node_version(node, environ) if node and npm else None
+    if found is None or found < NODE:
+        has = "there is none" if found is None else f"this is {'.'.join(map(str, found))}"
+        return f"page: not built, {stays}: it needs Node {'.'.join(map(str, NODE))} or newer with npm, and {has}"
+    made = target.with_name(f".page-{os.getpid()}")
+    try:
+        _install_packages(str(npm), ui, environ)
+        bundle = [str(npm), "run", "--silent", "build", "--", "--outDir", str(made), "--emptyOutDir"]
+        run("bundling ui/", bundle, environ, at=ui)
+        (made / "made-from").write_text(wanted)
+        old = target.with_name(f".page-{os.getpid()}-old")
+        if target.exists():
+            target.rename(old)
+        made.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    except (SetupError, OSError) as error:
+        shutil.rmtree(made, ignore_errors=True)
+        return f"page: not built, {stays}: {error}"
+    return f"page: built in {time.monotonic() - start:.0f} s"
+
+
+def _node_version(node: str, environ: dict[str, str]) -> tuple[int, ...] | None:
+    out = subprocess.run([node, "--version"], env=environ, capture_output=True, text=True, check=False).stdout
+    found = re.match(r"v(\d+)\.(\d+)", out)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _install_packages(npm: str, ui: Path, environ: dict[str, str]) -> None:
+    """Install what the lock says, unless it is there already."""
+    marker, wanted = ui / "node_modules" / "made-from", hashlib.sha256((ui / "package-lock.json").read_bytes()).hexdigest()
+    if marker.exists() and marker.read_text() == wanted:
+        return
+    run("fetching the page's packages", [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund"], environ, at=ui)
+    marker.parent.mkdir(exist_ok=True)
+    marker.write_text(wanted)
 
 
 def lock(uv: str, env: dict[str, str], stages: Sequence[str] = LOCKED) -> None:
@@ -129,10 +213,15 @@ def lock(uv: str, env: dict[str, str], stages: Sequence[str] = LOCKED) -> None:
         target = HERE / f"{stage}.txt"
         command = [uv, "pip", "compile", "-q", "--upgrade", "--python-version", "3.11", "--no-header", "--no-annotate"]
         command += ["--no-emit-index-url", "--no-emit-find-links", "--override", str(HERE / "overrides.txt")]
-        if stage in (*SERVING, *EXTRAS):
-            command += ["-c", str(HERE / "dev.txt")]
-        run(f"resolving {stage}.in", [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env)
-        pins = [line for line in target.read_text().splitlines() if not TORCH_BUILD_ONLY.match(line)]
+        shared: list[str] = []
+        if stage in (*SERVING, *EXTRAS, COMPILER):
+            apart = APART.get(stage, ())
+            shared = [pin for pin in (HERE / "dev.txt").read_text().splitlines() if pin.partition("==")[0] not in apart]
+            command += ["-c", "-"]
+        run(f"resolving {stage}.in", [*command, str(HERE / f"{stage}.in"), "-o", str(target)], env, "\n".join(shared))
+        pins = target.read_text().splitlines()
+        if any(line.startswith("torch==") for line in pins):
+            pins = [line for line in pins if not TORCH_BUILD_ONLY.match(line)]
         # A build's local version ("+cpu") is the machine's choice, not the lock's.
         pins = [re.sub(r"^(torch==[^+\s]+)\+\S+", r"\1", line) for line in pins]
         head = f"# Locked by `make lock` from {stage}.in; do not edit."
@@ -156,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             lock(uv, env, arguments.stages or LOCKED)
             return 0
         # The largest first, so that its downloads overlap everything else.
-        stages = sorted(arguments.stages or SERVING, key=lambda s: s not in ("dev", "nnunet"))
+        stages = sorted({COMPILER, *(arguments.stages or SERVING)}, key=lambda s: s not in ("dev", "nnunet"))
         with concurrent.futures.ThreadPoolExecutor() as pool:
             jobs = [pool.submit(build, stage, uv, env) for stage in stages]
             failures = []
@@ -167,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
                     failures.append(error)
         if failures:
             raise SetupError("\n".join(str(error) for error in failures))
+        print(compile_proto(env), flush=True)
+        print(build_page(dict(os.environ)), flush=True)
     except SetupError as error:
         print(f"setup failed: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Debian's libraries that Python packages expect from the system. `system.sh` looks after drawing without a display, of which both
-# parts are needed: EGL alone, without a driver behind it, ends the process that draws. `system.sh open3d` looks after that extra.
+# parts are needed: EGL alone, without a driver behind it, ends the process that draws. `system.sh open3d` looks after that extra,
+# `system.sh chromium` after the browser of the page's tests.
 # The rest of scangraph needs none of them.
 has_library() { ldconfig -p 2>/dev/null | grep -qF "$1"; }
 has_driver() { ls /usr/lib/*/dri/swrast_dri.so /usr/lib64/dri/swrast_dri.so /usr/share/glvnd/egl_vendor.d/*nvidia*.json 2>/dev/null | grep -q .; }
@@ -18,8 +19,12 @@ open3d)
     [ $all = yes ] && exit 0
     packages="libusb-1.0-0 libegl1 libgl1 libx11-6 libudev1 libidn2-0" purpose="open3d" without="a library of open3d's is missing, it cannot be imported"
     ;;
+chromium)
+    command -v chromium >/dev/null 2>&1 && exit 0
+    packages="chromium" purpose="the tests of the web page" without="Chromium is missing, the tests of the web page are skipped"
+    ;;
 *)
-    echo "usage: system.sh [drawing|open3d]" >&2
+    echo "usage: system.sh [drawing|open3d|chromium]" >&2
     exit 2
     ;;
 esac

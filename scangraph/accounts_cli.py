@@ -34,7 +34,7 @@ Stdin = Annotated[bool, typer.Option("--password-stdin", help="read the password
 _ROLES = ", ".join(get_args(Role))
 
 
-def _with_store(data: Path | None, work: Callable[[Store, Settings], Awaitable[T]]) -> T:
+def with_store(data: Path | None, work: Callable[[Store, Settings], Awaitable[T]]) -> T:
     """Open the records, work on them, close them."""
     settings = load_settings(**({"data": data} if data else {}))
 
@@ -75,7 +75,7 @@ def add(
     wanted = _role(role)
     secret = new_secret() if service else _password(password_stdin)
     kind = "service" if service else "person"
-    _with_store(data, lambda store, _: records.create_account(store, name, wanted, secret, kind))
+    with_store(data, lambda store, _: records.create_account(store, name, wanted, secret, kind))
     err.print(f"{name} is {wanted}.")
     if service:
         err.print("Its secret, shown only now (POST /v1/auth/login takes it as the password):")
@@ -86,7 +86,7 @@ def add(
 def listed(data: Data = None) -> None:
     """List the accounts."""
     table = Table("name", "role", "kind", "made", "", box=None, pad_edge=False)
-    for row in _with_store(data, lambda store, _: records.list_accounts(store)):
+    for row in with_store(data, lambda store, _: records.list_accounts(store)):
         table.add_row(row.name, row.role, row.kind, f"{row.created_at:%Y-%m-%d}", "disabled" if row.disabled_at else "")
     out.print(table)
 
@@ -94,7 +94,7 @@ def listed(data: Data = None) -> None:
 @app.command()
 def role(name: Name, new_role: Annotated[str, typer.Argument(metavar="ROLE", help=_ROLES)], data: Data = None) -> None:
     """Give another role."""
-    _with_store(data, lambda store, _: records.set_role(store, name, _role(new_role)))
+    with_store(data, lambda store, _: records.set_role(store, name, _role(new_role)))
     err.print(f"{name} is {new_role}; it must log in again.")
 
 
@@ -108,7 +108,7 @@ def password(name: Name, password_stdin: Stdin = False, data: Data = None) -> No
         await records.set_password(store, name, secret or _password(password_stdin))
         return secret
 
-    secret = _with_store(data, change)
+    secret = with_store(data, change)
     if secret:
         out.print(secret)
     err.print(f"{name} must log in again.")
@@ -117,21 +117,21 @@ def password(name: Name, password_stdin: Stdin = False, data: Data = None) -> No
 @app.command()
 def disable(name: Name, data: Data = None) -> None:
     """Lock an account out, at once."""
-    _with_store(data, lambda store, _: records.set_enabled(store, name, enabled=False))
+    with_store(data, lambda store, _: records.set_enabled(store, name, enabled=False))
     err.print(f"{name} is locked out.")
 
 
 @app.command()
 def enable(name: Name, data: Data = None) -> None:
     """Let an account in again."""
-    _with_store(data, lambda store, _: records.set_enabled(store, name, enabled=True))
+    with_store(data, lambda store, _: records.set_enabled(store, name, enabled=True))
     err.print(f"{name} may log in.")
 
 
 @app.command()
 def remove(name: Name, data: Data = None) -> None:
     """Take an account away; its executions and files stay, for an admin to see."""
-    _with_store(data, lambda store, _: records.remove_account(store, name))
+    with_store(data, lambda store, _: records.remove_account(store, name))
     err.print(f"{name} is gone.")
 
 
@@ -147,7 +147,7 @@ def local_token(settings: Settings, name: str = "admin", minutes: int = 15) -> s
         role = _role(account.role)
         return signer.sign(account.id, account.name, role, account.token_epoch, minutes * 60)[0]
 
-    return _with_store(settings.data, make)
+    return with_store(settings.data, make)
 
 
 def token(

@@ -124,7 +124,7 @@ def run_demo(graph: Connection, patient: Patient, out: Path, on_progress: StepPr
     scene: Scene = calls["scene"].result()
     save_scene(scene, out, "scene")
     on_progress("scene", Progress(1, 1, "written"))
-    (out / "preview.png").write_bytes(calls["preview"].result())
+    (out / "preview.png").write_bytes(graph.encode(calls["preview"]))
     on_progress("preview", Progress(1, 1, "written"))
 
     steps = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes.util
 import os
 import shutil
@@ -15,9 +16,15 @@ import psutil
 
 from runtime_envs import command_for, lock_of
 from scangraph.cluster import port_is_free
-from scangraph.contracts.errors import InvalidModel
-from scangraph.models import installed_models, invalid_models, verify_files
+from scangraph.contracts.errors import InvalidModel, ScanGraphError
+from scangraph.models import installed_detectors, installed_models, invalid_models, verify_files
 from scangraph.settings import Settings
+from scangraph.storage import open_storage
+
+_STORAGE_MEND = (
+    "Look at SCANGRAPH_STORAGE_URL and SCANGRAPH_STORAGE_OPTIONS (endpoint, region, access_key_id, secret_access_key; "
+    'allow_http "true" without TLS) or AWS_… variables.'
+)
 
 Level = Literal["ok", "warning", "error"]
 
@@ -33,8 +40,8 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Look at everything; nothing is changed."""
-    checks = (_python, _processor, _gpu, _memory, _disk, _environments, _libraries, _port, _models)
+    """Look at everything; nothing is changed, but a small file is written into the storage and deleted."""
+    checks = (_python, _processor, _gpu, _memory, _disk, _environments, _libraries, _port, _storage, _models)
     return [finding for check in checks for finding in check(settings)]
 
 
@@ -101,7 +108,10 @@ def _environments(settings: Settings) -> Iterator[Finding]:
     if settings.environments == "ray-built":
         yield Finding("ok", "environments", "made by Ray on every node when a stage starts")
         return
-    for stage in ("base", "nnunet", "smoothing", "postprocess"):
+    if settings.environments == "images":
+        yield Finding("ok", "environments", "in the images of the stages' nodes")
+        return
+    for stage in ("base", "nnunet", "smoothing", "postprocess", "imaging"):
         lock = lock_of(stage, settings)
         folder = settings.environments_dir / lock
         good = (folder / "scangraph-lock").exists()
@@ -132,11 +142,28 @@ def _port(settings: Settings) -> Iterator[Finding]:
         yield Finding("warning", "port", text, "Set SCANGRAPH_HOST=127.0.0.1.")
 
 
+def storage_fault(settings: Settings) -> str | None:
+    """Return what is wrong with the storage, after trying everything that the service does there."""
+    try:
+        asyncio.run(open_storage(settings.storage, settings.storage_options).probe())
+    except ScanGraphError as error:
+        return str(error.fields.get("reason", error.detail))
+    return None
+
+
+def _storage(settings: Settings) -> Iterator[Finding]:
+    if not settings.storage_url:
+        return  # it is in the data folder, which was looked at
+    fault = storage_fault(settings)
+    text = fault or "written, read, listed and deleted, and nothing is overwritten"
+    yield Finding("error" if fault else "ok", "storage", f"{settings.storage_url}: {text}", _STORAGE_MEND if fault else "")
+
+
 def _models(settings: Settings) -> Iterator[Finding]:
     for error in invalid_models(settings.model_folders):
         yield Finding("error", "models", error.detail, "Install the model again, or remove its folder.")
     models = installed_models(settings.model_folders)
-    for model in models:
+    for model in (*models, *installed_detectors(settings.model_folders)):
         try:
             verify_files(model)
         except InvalidModel as error:

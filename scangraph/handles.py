@@ -25,12 +25,13 @@ import pydantic
 import ray
 from ray import serve
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemory
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from scangraph.contracts import WAITING, Component, LabelMap, Progress, Scene, StepSummary, Volume
+from scangraph import metrics, tracing
+from scangraph.contracts import WAITING, Component, Image2D, LabelMap, Progress, Scene, StepSummary, Volume
 from scangraph.contracts.errors import (
     InvalidParameters,
     NotRunning,
@@ -48,6 +49,8 @@ TOKEN_FILE = "run/ray-token"  # noqa: S105 - a file's name
 
 #: A process that dies again and again before it takes up anything.
 _LOSSES_WHILE_WAITING = 10
+#: The same for calls that were not answered at all: it may not have arrived, or it kills its process at once.
+_LOSSES_UNHEARD = 3
 
 T = TypeVar("T")
 OnProgress = Callable[[Progress], None]
@@ -109,13 +112,13 @@ async def run_step(
     """
     check_parameters(component, parameters)
     streaming = handle.options(method_name="run", stream=True)
-    attempt, losses = 1, 0
+    attempt, losses, unheard = 1, 0, 0
     while True:
-        began = False
+        began = answered = False
 
         def heard(progress: Progress) -> None:
-            nonlocal began
-            began = began or progress.message != WAITING
+            nonlocal began, answered
+            began, answered = began or progress.message != WAITING, True
             if on_progress:
                 on_progress(progress)
 
@@ -124,9 +127,12 @@ async def run_step(
         except LOST as error:
             # Who only waited in the queue of a process that died has not caused its death, and loses no attempt.
             losses += 1
+            metrics.LOST.add(deployment=component.deployment)
             if on_lost:
                 on_lost(attempt + began, error)
-            if (began and attempt == attempts) or losses >= attempts + _LOSSES_WHILE_WAITING:
+            unheard += not answered
+            enough = losses >= attempts + _LOSSES_WHILE_WAITING or unheard >= attempts + _LOSSES_UNHEARD
+            if (began and attempt == attempts) or enough:
                 hint = "the image may need more memory than there is"
                 raise StageLost(deployment=component.deployment, component=component.id, attempts=attempt, hint=hint) from error
             attempt += began
@@ -151,7 +157,7 @@ async def _run_once(
     attempt: int,
 ) -> StepResult:
     # Inside a dict references stay references; as a top-level argument Serve would resolve them here.
-    response: Any = streaming.remote(component.id, dict(inputs), dict(parameters), execution_id)
+    response: Any = streaming.remote(component.id, dict(inputs), dict(parameters), execution_id, tracing.here())
     summary: StepSummary | None = None
     outputs: list[ray.ObjectRef[Any]] = []
     try:
@@ -351,12 +357,17 @@ class Connection:
         path = Path(path)
         return cast("LabelMap", self._ask("imageio", "decode", path.read_bytes(), path.name, True, scheme).result())
 
-    def put(self, value: Volume | Scene) -> Any:
+    def read_picture(self, path: str | Path) -> Image2D:
+        """Read a local 2-D image file: JPEG, PNG, TIFF or WebP."""
+        path = Path(path)
+        return cast("Image2D", self._ask("imageio", "decode_picture", path.read_bytes(), path.name).result())
+
+    def put(self, value: Volume | Scene | Image2D) -> Any:
         """Put a value into the object store once and return its reference, to be given to several calls."""
         return ray.put(value)
 
-    def encode(self, image: Volume | Call[Any]) -> bytes:
-        """Return an image or mask as the bytes of a `.nii.gz` file."""
+    def encode(self, image: Volume | Image2D | Call[Any]) -> bytes:
+        """Return the bytes of a file: of an image or mask a `.nii.gz`, of a 2-D image what its `file` says."""
 
         async def encode() -> bytes:
             ref = await _as_ref(image)
@@ -432,14 +443,23 @@ class Connection:
         *,
         on_progress: OnProgress | None = None,
         **parameters: Any,
-    ) -> Call[bytes]:
-        """Draw a scene, and slices of an image and a mask beside it, as a PNG (`smoothing/preview`)."""
+    ) -> Call[Image2D]:
+        """Draw a scene, and slices of an image and a mask beside it (`smoothing/preview`)."""
         return self.run(
             "smoothing/preview", {"image": image, "mask": mask, "scene": scene}, on_progress=on_progress, **parameters
         )
 
+    def resize(self, image: Picture, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Image2D]:
+        """Give a 2-D image another size (`image/resize`)."""
+        return self.run("image/resize", {"image": image}, on_progress=on_progress, **parameters)
+
+    def detect(self, image: Picture, *, on_progress: OnProgress | None = None, **parameters: Any) -> Call[Image2D]:
+        """Find objects in a 2-D image (`image/detect`) and draw them; the boxes, as JSON, are its `output("boxes")`."""
+        return self.run("image/detect", {"image": image}, on_progress=on_progress, **parameters)
+
 
 Image = Volume | Call[Any] | Any
+Picture = Image2D | Call[Image2D] | Any
 Mask = LabelMap | Call[LabelMap] | Any
 
 
@@ -521,3 +541,43 @@ def _connected(where: str, *, owns_ray: bool) -> Connection:
 
 
 __all__ = ["Call", "Connection", "StepResult", "connect", "run_step"]
+
+
+class RemoteGate:
+    """imageio, as a door asks it what a file is."""
+
+    def __init__(self, imageio: DeploymentHandle[Any]) -> None:
+        self._imageio = imageio
+
+    async def inspect(self, name: str) -> dict[str, Any]:
+        """Look into a stored file."""
+        found: dict[str, Any] = await self._ask("inspect", name)
+        return found
+
+    async def sha256(self, name: str) -> str:
+        """Hash a stored file."""
+        return str(await self._ask("sha256", name))
+
+    async def derive(self, name: str, target: str, what: str, most: int = 0) -> dict[str, Any]:
+        """Make a copy of a stored file for screens."""
+        made: dict[str, Any] = await self._ask("derive", name, target, what, most)
+        return made
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await self._imageio.options(method_name=method).remote(*arguments, trace=tracing.here())
+        except RayError as error:
+            cause = own_error(error)
+            if isinstance(cause, ScanGraphError):
+                raise cause from None
+            raise StageUnavailable(deployment="imageio", reason="its process died; send the request again") from error
+
+
+def waker(executor: DeploymentHandle[Any]) -> Callable[[], Awaitable[None]]:
+    """Return what a door calls to tell the executor that there is work."""
+    wake = executor.options(method_name="wake")
+
+    async def call() -> None:
+        wake.remote()  # not awaited: it finds the work by itself within a second
+
+    return call

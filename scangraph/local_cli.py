@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,27 +16,36 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from scangraph import accounts_cli
+from scangraph import accounts_cli, audit_cli
 from scangraph.contracts import Component, Progress, StepSummary, Volume, label_of
 from scangraph.contracts.errors import InvalidParameters, NotRunning, UnknownComponent, UsageError
+from scangraph.detector_import import import_detector, looker
 from scangraph.model_import import Wish, converter, import_model
 from scangraph.models import (
     MANIFEST,
+    Detector,
+    Model,
+    ModelManifest,
     differences,
     find_model,
     install_model,
+    installed_detectors,
     installed_models,
     invalid_models,
     remove_model,
 )
 from scangraph.settings import Settings, describe_settings, load_settings
+from scangraph.supervising import Supervisor, end_with_parent
 from scangraph.terminal import Bars, err, out, parse_parameters
 
 app = typer.Typer()
 models_app = typer.Typer(help="List, check and install models.", no_args_is_help=False, invoke_without_command=True)
 app.add_typer(models_app, name="models")
+storage_app = typer.Typer(help="What an S3 bucket needs.", no_args_is_help=True)
+app.add_typer(storage_app, name="storage")
 app.add_typer(accounts_cli.app, name="accounts")
 app.command()(accounts_cli.token)
+app.add_typer(audit_cli.app, name="audit")
 
 OutDir = Annotated[Path, typer.Option("--out", "-o", help="folder for the results")]
 Data = Annotated[Path | None, typer.Option(help="data folder, instead of $SCANGRAPH_DATA")]
@@ -52,13 +63,27 @@ def _settings(data: Path | None = None, **changes: Any) -> Settings:
 def serve(
     port: Annotated[int | None, typer.Option(help="port of the gateway; 0 takes a free one")] = None,
     data: Data = None,
+    alone: Annotated[bool, typer.Option("--alone", help="nobody looks after it: when it dies, it is dead")] = False,
 ) -> None:
-    """Start the service and keep it up until Ctrl-C."""
-    from scangraph.cluster import local_service, port_is_free
-
+    """Start the service and keep it up until Ctrl-C: what dies is started again, and executions go on."""
     settings = _settings(data, port=port)
+    if not alone:
+        again = [sys.executable, "-m", "scangraph.cli", "serve", "--alone", "--data", str(settings.data)]
+        supervisor = Supervisor(
+            again, settings.data, settings.stop_seconds, out.print, variables={"SCANGRAPH_PORT": str(settings.port)}
+        )
+        raise typer.Exit(supervisor.run())
+    end_with_parent()
+    from scangraph.cluster import local_service, port_is_free
+    from scangraph.doctor import storage_fault
+
     if settings.port and not port_is_free(settings.host, settings.port):
         err.print(f"[red]Port {settings.port} of {settings.host} is taken.[/red] Choose another: `make serve PORT=8123`.")
+        raise typer.Exit(1)
+    if settings.storage_url and (fault := storage_fault(settings)):
+        err.print(f"[red]The storage cannot be used:[/red] {escape(fault)}. Starting all the same; /readyz says when it can.")
+    if settings.grpc.enabled and settings.grpc.port and not port_is_free(settings.host, settings.grpc.port):
+        err.print(f"[red]Port {settings.grpc.port} of {settings.host} is taken.[/red] Choose another: SCANGRAPH_GRPC__PORT.")
         raise typer.Exit(1)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -70,6 +95,7 @@ def serve(
             f"  data folder   {settings.data}\n"
             f"  storage       {settings.storage_url or settings.storage_root}   (paths in requests are relative to it)\n"
             f"  documentation {service.url}/docs\n"
+            f"  gRPC          {service.grpc or 'off'}\n"
             f"  account       admin, password in {settings.data / accounts_cli.ADMIN_FILE}; `scangraph token` needs none\n"
             "Try, in another terminal:\n"
             f'  curl {service.url}/v1/executions -H "Authorization: Bearer $(scangraph token)" '
@@ -175,12 +201,12 @@ def run_component(
         for port in declared.inputs:
             if port.name not in files:
                 continue
-            read = (lambda p: graph.read_mask(p, scheme)) if port.kind == "mask" else graph.read
-            if port.kind not in {"image", "mask"}:
+            readers = {"image": graph.read, "mask": lambda p: graph.read_mask(p, scheme), "image2d": graph.read_picture}
+            if port.kind not in readers:
                 raise InvalidParameters(
                     component=component, detail=f"input {port.name!r} is a {port.kind}, which cannot be read from a file"
                 )
-            loaded = [read(path) for path in files[port.name]]
+            loaded = [readers[port.kind](path) for path in files[port.name]]
             values[port.name] = loaded if port.many else loaded[0]
         with Bars() as bars:
             show = _shown(bars)
@@ -237,8 +263,10 @@ def _write_outputs(graph: Any, component: Component, call: Any, folder: Path) ->
             continue
         if port.kind in {"image", "mask"}:
             path, content = folder / f"{name}.nii.gz", graph.encode(one)
+        elif port.kind == "image2d":
+            path, content = folder / f"{name}.{one.result().file.format}", graph.encode(one)
         else:
-            path, content = folder / f"{name}.{'json' if port.kind == 'report' else 'png'}", one.result()
+            path, content = folder / f"{name}.json", one.result()
         path.write_bytes(content)
         yield path
 
@@ -278,12 +306,17 @@ def models(context: typer.Context, data: Data = None) -> None:
 def models_list(data: Data = None) -> None:
     """List the installed models; the first of each task is used."""
     settings = _settings(data)
-    table = Table("task", "model", "version", "spacing mm", "labels", "", box=None, pad_edge=False)
+    table = Table("task", "model", "version", "works at", "labels", "", box=None, pad_edge=False)
     for model in sorted(installed_models(settings.model_folders), key=lambda m: (m.manifest.task, m.manifest.demo)):
         manifest = model.manifest
-        spacing = "×".join(f"{s:g}" for s in manifest.spacing_mm)
+        spacing = "×".join(f"{s:g}" for s in manifest.spacing_mm) + " mm"
         note = "demonstration only" if manifest.demo else ""
         table.add_row(manifest.task, manifest.id, manifest.version, spacing, str(len(manifest.labels)), note)
+    for detector in installed_detectors(settings.model_folders):
+        found = detector.manifest
+        size = "×".join(map(str, found.input_size))
+        note = "demonstration only" if found.demo else ""
+        table.add_row(found.task, found.id, found.version, f"{size} px", str(len(found.classes)), note)
     out.print(table)
     for error in invalid_models(settings.model_folders):
         err.print(f"[red]![/red] {escape(error.detail)}")
@@ -293,6 +326,9 @@ def models_list(data: Data = None) -> None:
 def models_show(model_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = None) -> None:
     """Say what a model is, what it takes and what it finds."""
     model = find_model(_settings(data).model_folders, model_id)
+    if isinstance(model, Detector):
+        _show_detector(model)
+        return
     manifest = model.manifest
     size = sum(path.stat().st_size for path in model.folder.rglob("*") if path.is_file())
     folds = ", ".join(f"{network.folder} (folds {', '.join(network.folds)})" for network in manifest.networks)
@@ -317,6 +353,25 @@ def models_show(model_id: Annotated[str, typer.Argument(metavar="ID")], data: Da
         err.print(f"[yellow]![/yellow] {escape(warning)}")
 
 
+def _show_detector(model: Detector) -> None:
+    manifest = model.manifest
+    rows = {
+        "model": f"{manifest.id} {manifest.version}: {manifest.title}",
+        "component": manifest.task,
+        "works at": "×".join(map(str, manifest.input_size)) + " pixels (height × width)",
+        "finds": ", ".join(manifest.classes),
+        "measured": ", ".join(f"{name} {value}" for name, value in manifest.metrics.items()) or "nothing",
+        "licence": manifest.license,
+        "trained on": manifest.training_data,
+        "folder": f"{model.folder}, {len(manifest.files)} files",
+        "sha256": model.digest,
+    }
+    for name, value in rows.items():
+        out.print(f"{name:10} {value}", markup=False, highlight=False)
+    for warning in model.warnings:
+        err.print(f"[yellow]![/yellow] {escape(warning)}")
+
+
 @models_app.command("verify")
 def models_verify(
     model_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="default: every installed model")] = None,
@@ -325,7 +380,8 @@ def models_verify(
     """Compare every file of a model, or of all, with its SHA-256, and say what differs."""
     folders = _settings(data).model_folders
     wrong = [] if model_id else [error.detail for error in invalid_models(folders)]
-    for model in [find_model(folders, model_id)] if model_id else installed_models(folders):
+    every = [*installed_models(folders), *installed_detectors(folders)]
+    for model in [find_model(folders, model_id)] if model_id else every:
         found = list(differences(model))
         wrong += [f"{model.manifest.id}: {difference}" for difference in found]
         if not found:
@@ -350,7 +406,8 @@ def models_install(
         Path,
         typer.Argument(
             metavar="FILE|FOLDER",
-            help="a zip of nnUNetv2_export_model_to_zip, an nnU-Net results folder, TotalSegmentator's weights, a model folder",
+            help="a zip of nnUNetv2_export_model_to_zip, an nnU-Net results folder, TotalSegmentator's weights, a YOLO "
+            "detector (.onnx), a model folder",
         ),
     ],
     model_id: Annotated[str | None, typer.Option("--id", help="the model's name; default: made of the dataset's")] = None,
@@ -366,6 +423,9 @@ def models_install(
     ] = None,
     folds: Annotated[str | None, typer.Option(help="folds, comma-separated; default: 0")] = None,
     license_: Annotated[str | None, typer.Option("--license", help="licence of the weights")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="what a detector finds, in order, comma-separated; default: as its file says")
+    ] = None,
     mirroring: Annotated[
         bool, typer.Option("--mirroring", help="average over mirrored copies, as nnU-Net does: several times slower")
     ] = False,
@@ -376,8 +436,13 @@ def models_install(
 
     settings = _settings(data)
     target = settings.data / "models"
+    model: Model | Detector
     if (source / MANIFEST).exists():
         model = install_model(source, target)
+    elif source.suffix.lower() == ".onnx":
+        listed = [name.strip() for name in classes.split(",")] if classes else None
+        look = looker(settings.environments_dir / "imaging")
+        model = import_detector(source, target, look, model_id=model_id, classes=listed, license_=license_)
     else:
         try:
             mapping = {int(a): int(b) for a, b in (pair.split("=") for pair in labels.split(","))} if labels else None
@@ -389,7 +454,7 @@ def models_install(
         model = import_model(source, target, catalog(settings), wish, convert)
     manifest = model.manifest
     out.print(f"{manifest.id} {manifest.version} is installed for {manifest.task} in {model.folder}", highlight=False)
-    if manifest.names:
+    if isinstance(manifest, ModelManifest) and manifest.names:
         named = ", ".join(f"{number} {name}" for number, name in sorted(manifest.names.items()))
         out.print(f"Not in the label table, and numbered by their names: {named}", highlight=False, markup=False)
 
@@ -408,7 +473,7 @@ def settings(data: Data = None) -> None:
 
 @app.command()
 def doctor(data: Data = None) -> None:
-    """Look at processor, GPU, memory, disk, port, libraries, environments and models; say how to mend what is missing."""
+    """Look at processor, memory, disk, storage, port, libraries, environments and models; say how to mend what is missing."""
     from scangraph.doctor import examine
 
     colors = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -419,6 +484,39 @@ def doctor(data: Data = None) -> None:
             out.print(f"         → {escape(finding.mend)}")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
+
+
+@storage_app.command("prepare")
+def storage_prepare(
+    days: Annotated[int, typer.Option(min=2, help="age at which an upload that never ended is deleted")] = 2, data: Data = None
+) -> None:
+    """Make the bucket where there is none, give it the lifecycle rule, and try everything that the service does there."""
+    from scangraph.s3 import lifecycle
+    from scangraph.storage import open_storage
+
+    settings = _settings(data)
+
+    async def prepare() -> None:
+        storage = open_storage(settings.storage, settings.storage_options)
+        for line in await storage.prepare(lifecycle(settings.storage, days)):
+            out.print(line)
+        await storage.probe()
+
+    asyncio.run(prepare())
+    out.print("written, read, listed and deleted, and nothing is overwritten")
+
+
+@storage_app.command("lifecycle")
+def storage_lifecycle(
+    days: Annotated[int, typer.Option(min=2, help="age at which an upload that never ended is deleted")] = 2, data: Data = None
+) -> None:
+    """Print the bucket's lifecycle rule for uploads that never ended, for `aws s3api put-bucket-lifecycle-configuration`."""
+    from scangraph.s3 import lifecycle
+
+    url = _settings(data).storage
+    if not url.startswith("s3://"):
+        raise UsageError(detail=f"{url} is no bucket; set SCANGRAPH_STORAGE_URL=s3://bucket/prefix")
+    print(json.dumps(lifecycle(url, days), indent=2))
 
 
 @app.command()

@@ -30,6 +30,7 @@ from scangraph.models import (
     ModelNetwork,
     label_names,
     put_in_place,
+    read_model,
     refuse_links,
     staging,
     write_manifest,
@@ -142,7 +143,7 @@ def import_model(source: Path, target_parent: Path, catalog: Catalog, wish: Wish
                 folds = _folds(network, wish.folds)
                 facts.append(convert(_unpacked(network, folds), folder / name, folds))
             write_manifest(folder, plan.manifest(facts))
-            return put_in_place(folder, target_parent)
+            return read_model(put_in_place(folder, target_parent).folder)
 
 
 def converter(environment: Path) -> Converter:
@@ -155,20 +156,33 @@ def converter(environment: Path) -> Converter:
     """
 
     def convert(source: Path, target: Path, folds: Sequence[str]) -> Mapping[str, Any]:
-        python = environment / "bin" / "python"
-        if not python.exists():
-            raise ModelRefused(source=source.name, reason=f"there is no {python} to convert it with; run `make setup`")
-        command = [str(python), "-m", "deployments.nnunet.importing", str(source.resolve()), str(target.resolve()), *folds]
-        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True, check=False)
-        said = (done.stdout or done.stderr).strip().rpartition("\n")[2]
-        if done.returncode == _REFUSED:
-            raise InvalidModel(**json.loads(said))
-        if done.returncode:
-            raise InvalidModel(folder=str(source), reason=f"its conversion ended with status {done.returncode}: {said}")
-        facts: dict[str, Any] = json.loads(said)
-        return facts
+        return in_environment(environment, "deployments.nnunet.importing", source, str(target.resolve()), *folds)
 
     return convert
+
+
+def in_environment(environment: Path, module: str, source: Path, *arguments: str) -> Mapping[str, Any]:
+    """Let a stage's module look at a strange file, in a process of the stage's environment; return what it says.
+
+    Raises
+    ------
+    ModelRefused
+        If there is no such environment.
+    InvalidModel
+        If it refuses the file, or dies of it.
+    """
+    python = environment / "bin" / "python"
+    if not python.exists():
+        raise ModelRefused(source=source.name, reason=f"there is no {python} to convert it with; run `make setup`")
+    command = [str(python), "-m", module, str(source.resolve()), *arguments]
+    done = subprocess.run(command, cwd=HOME, capture_output=True, text=True, check=False)
+    said = (done.stdout or done.stderr).strip().rpartition("\n")[2]
+    if done.returncode == _REFUSED:
+        raise InvalidModel(**json.loads(said))
+    if done.returncode:
+        raise InvalidModel(folder=str(source), reason=f"its conversion ended with status {done.returncode}: {said}")
+    facts: dict[str, Any] = json.loads(said)
+    return facts
 
 
 # --- what is there -----------------------------------------------------------------------------------------------------------

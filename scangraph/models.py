@@ -39,6 +39,10 @@ DEMO_WARNING = (
     "{id} holds demonstration weights, trained on synthetic phantoms only: on a real patient its result means nothing. "
     "Install real weights with `scangraph models install FILE|FOLDER --task {task}` (nnU-Net's and TotalSegmentator's)."
 )
+DEMO_DETECTOR = (
+    "{id} holds demonstration weights, trained on drawn pictures only: in a photograph its boxes mean nothing. "
+    "Install a real detector with `scangraph models install FILE.onnx`."
+)
 
 
 class _Part(BaseModel):
@@ -72,8 +76,8 @@ class ModelRoi(_Part):
     margin_mm: float = Field(20, ge=0, le=200)
 
 
-class ModelManifest(_Part):
-    """`model.yaml`."""
+class _Manifest(_Part):
+    """What `model.yaml` says of every model."""
 
     id: str = Field(pattern=ID, max_length=100)
     version: str
@@ -81,6 +85,36 @@ class ModelManifest(_Part):
     task: str = Field(pattern=TASK, max_length=60)
     demo: bool = False
     research_use_only: Literal[True] = True
+    files: dict[str, str]
+    license: str
+    training_data: str
+    metrics: dict[str, Any] = Field(default_factory=dict)
+
+
+class DetectorManifest(_Manifest):
+    """`model.yaml` of a network that finds boxes in 2-D images."""
+
+    #: Tells it from a segmentation's.
+    kind: Literal["detector"]
+    task: str = Field("image/detect", pattern=TASK, max_length=60)
+    #: The ONNX file.
+    network: str
+    #: What it finds, in the order of its outputs.
+    classes: tuple[str, ...] = Field(min_length=1)
+    #: (height, width) that the network is given; images are scaled into it, with their aspect.
+    input_size: tuple[int, int]
+    #: How its output is to be read; unset: as its shape says.
+    layout: Literal["v5", "v8", "end-to-end"] | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """What may hold nothing but the files that are named."""
+        return (".",)
+
+
+class ModelManifest(_Manifest):
+    """`model.yaml` of a segmentation."""
+
     inputs: tuple[ModelInput, ...] = Field(min_length=1)
     networks: tuple[ModelNetwork, ...] = Field(min_length=1)
     #: Number -> name of labels that the label table lacks.
@@ -90,10 +124,6 @@ class ModelManifest(_Part):
     orientation: str = Field("LPS", pattern="^[LRPASI]{3}$")
     mirroring: bool = False
     roi: ModelRoi | None = None
-    files: dict[str, str]
-    license: str
-    training_data: str
-    metrics: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _inputs_differ(self) -> Self:
@@ -106,24 +136,42 @@ class ModelManifest(_Part):
         """Numbers that the model can give: of the label table, or of `names`."""
         return tuple(sorted({number for network in self.networks for number in network.labels.values()} - {0}))
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """What may hold nothing but the files that are named."""
+        return tuple(network.folder for network in self.networks)
 
-class Model(_Part):
+
+class Installed(_Part):
     """A manifest and the folder it stands in."""
 
     folder: Path
-    manifest: ModelManifest
+    manifest: ModelManifest | DetectorManifest
     #: SHA-256 of model.yaml, which holds those of all other files: it names exactly one set of weights.
     digest: str
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What must be said with every result."""
-        return (DEMO_WARNING.format(id=self.manifest.id, task=self.manifest.task),) if self.manifest.demo else ()
+        text = DEMO_DETECTOR if isinstance(self.manifest, DetectorManifest) else DEMO_WARNING
+        return (text.format(id=self.manifest.id, task=self.manifest.task),) if self.manifest.demo else ()
 
     def describe(self) -> dict[str, Any]:
         """What an answer says about the model that made it."""
         manifest = self.manifest
         return {"id": manifest.id, "version": manifest.version, "demo": manifest.demo, "sha256": self.digest}
+
+
+class Model(Installed):
+    """A segmentation."""
+
+    manifest: ModelManifest
+
+
+class Detector(Installed):
+    """A network that finds boxes in 2-D images."""
+
+    manifest: DetectorManifest
 
 
 def sha256_of(path: Path) -> str:
@@ -133,6 +181,14 @@ def sha256_of(path: Path) -> str:
 
 
 def read_model(folder: Path) -> Model:
+    """Read and check a segmentation's manifest; see `read_manifest`."""
+    model = read_manifest(folder)
+    if not isinstance(model, Model):
+        raise InvalidModel(folder=str(folder), reason="it is a detector, not a segmentation")
+    return model
+
+
+def read_manifest(folder: Path) -> Model | Detector:
     """Read and check a manifest, without reading the weights.
 
     Raises
@@ -142,7 +198,9 @@ def read_model(folder: Path) -> Model:
     """
     try:
         text = (folder / MANIFEST).read_bytes()
-        manifest = ModelManifest.model_validate(yaml.safe_load(text))
+        content = yaml.safe_load(text)
+        of_detector = isinstance(content, dict) and content.get("kind") == "detector"
+        manifest = (DetectorManifest if of_detector else ModelManifest).model_validate(content)
     except OSError as error:
         raise InvalidModel(folder=str(folder), reason=f"{MANIFEST} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -150,19 +208,28 @@ def read_model(folder: Path) -> Model:
     except pydantic.ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise InvalidModel(folder=str(folder), reason=f"{MANIFEST}: {faults}") from None
+    digest = hashlib.sha256(text).hexdigest()
+    if isinstance(manifest, DetectorManifest):
+        if manifest.network not in manifest.files:
+            raise InvalidModel(folder=str(folder), reason=f"its network {manifest.network} is not among its files")
+        _refuse_outside(folder, [*manifest.files, manifest.network])
+        return Detector(folder=folder, manifest=manifest, digest=digest)
     if unknown := set(manifest.labels) - label_table().keys() - manifest.names.keys():
         raise InvalidModel(folder=str(folder), reason=f"it maps to labels that nobody names: {sorted(unknown)}")
     if wrong := [n for n, name in manifest.names.items() if n not in FREE_NUMBERS or not name or plain_name(name) != name]:
         reason = f"label {wrong[0]} of its own needs a number from 1000 on and a name of letters, digits and underscores"
         raise InvalidModel(folder=str(folder), reason=reason)
-    names = [*manifest.files, *(network.folder for network in manifest.networks)]
+    _refuse_outside(folder, [*manifest.files, *manifest.folders])
+    return Model(folder=folder, manifest=manifest, digest=digest)
+
+
+def _refuse_outside(folder: Path, names: Sequence[str]) -> None:
     outside = [name for name in names if not (folder / name).resolve().is_relative_to(folder.resolve())]
     if outside:
         raise InvalidModel(folder=str(folder), reason=f"these paths lead outside the folder: {outside}")
-    return Model(folder=folder, manifest=manifest, digest=hashlib.sha256(text).hexdigest())
 
 
-def verify_files(model: Model) -> None:
+def verify_files(model: Installed) -> None:
     """Compare every file with its SHA-256, and refuse files that a network folder has but the manifest does not name.
 
     Raises
@@ -174,7 +241,7 @@ def verify_files(model: Model) -> None:
         raise InvalidModel(folder=str(model.folder), reason=difference)
 
 
-def differences(model: Model) -> Iterator[str]:
+def differences(model: Installed) -> Iterator[str]:
     """Say, file by file, how a folder differs from its manifest."""
     for name, expected in model.manifest.files.items():
         path = model.folder / name
@@ -182,18 +249,35 @@ def differences(model: Model) -> Iterator[str]:
             yield f"{name} is missing"
         elif sha256_of(path) != expected.lower():
             yield f"{name} is not the file the manifest names (SHA-256 differs)"
-    for network in model.manifest.networks:
-        for path in sorted((model.folder / network.folder).rglob("*")):
-            if path.is_file() and path.relative_to(model.folder).as_posix() not in model.manifest.files:
+    for part in model.manifest.folders:
+        for path in sorted((model.folder / part).rglob("*")):
+            name = path.relative_to(model.folder).as_posix()
+            if path.is_file() and name != MANIFEST and name not in model.manifest.files:
                 yield f"{path.relative_to(model.folder)} is not named in the manifest"
 
 
 def installed_models(folders: Sequence[Path]) -> list[Model]:
-    """List the valid models of several folders, those of earlier folders first.
+    """List the valid segmentations of several folders, those of earlier folders first.
 
     Invalid folders are left out here and named by `invalid_models`, so that one bad folder does not stop the others.
     """
     return [model for model in _scan(folders) if isinstance(model, Model)]
+
+
+def installed_detectors(folders: Sequence[Path]) -> list[Detector]:
+    """List the valid detectors of several folders, in the order in which they are chosen: real ones before demonstrations."""
+    found = [model for model in _scan(folders) if isinstance(model, Detector)]
+    return sorted(found, key=lambda model: model.manifest.demo)
+
+
+def choose_detector(folders: Sequence[Path], task: str, model_id: str | None = None) -> Detector:
+    """Return the detector for a component: the named one, else the first; raises `ModelNotFound`."""
+    models = [model for model in installed_detectors(folders) if model.manifest.task == task]
+    for model in models:
+        if model_id in {None, model.manifest.id}:
+            return model
+    known = ", ".join(m.manifest.id for m in models) or "none"
+    raise ModelNotFound(model=model_id or "(any)", component=task, known=known)
 
 
 def invalid_models(folders: Sequence[Path]) -> list[InvalidModel]:
@@ -201,8 +285,8 @@ def invalid_models(folders: Sequence[Path]) -> list[InvalidModel]:
     return [error for error in _scan(folders) if isinstance(error, InvalidModel)]
 
 
-def _scan(folders: Sequence[Path]) -> list[Model | InvalidModel]:
-    found: list[Model | InvalidModel] = []
+def _scan(folders: Sequence[Path]) -> list[Model | Detector | InvalidModel]:
+    found: list[Model | Detector | InvalidModel] = []
     for parent in folders:
         for manifest in sorted(parent.glob(f"[!.]*/{MANIFEST}")):  # what begins with a dot is being installed
             try:
@@ -216,10 +300,10 @@ def _scan(folders: Sequence[Path]) -> list[Model | InvalidModel]:
 
 
 @lru_cache(maxsize=256)
-def _read_again(folder: Path, stamp: tuple[int, ...]) -> Model:
+def _read_again(folder: Path, stamp: tuple[int, ...]) -> Model | Detector:
     """Read a manifest that may have been read before; it is asked for at every request."""
     del stamp
-    return read_model(folder)
+    return read_manifest(folder)
 
 
 def label_names(folders: Sequence[Path]) -> dict[int, str]:
@@ -281,7 +365,7 @@ def _can_guide(coarse: ModelManifest, fine: ModelManifest) -> bool:
     return same_kind and alike and (fine.demo or not coarse.demo)
 
 
-def install_model(source: Path, target_parent: Path) -> Model:
+def install_model(source: Path, target_parent: Path) -> Model | Detector:
     """Copy a model folder under `target_parent`, replacing an older one of the same id in one step.
 
     Raises
@@ -291,7 +375,7 @@ def install_model(source: Path, target_parent: Path) -> Model:
     InvalidModel
         If what was copied does not verify; nothing is changed then.
     """
-    model = read_model(source)
+    model = read_manifest(source)
     with staging(target_parent, model.manifest.id) as folder:
         refuse_links(source)
         shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -315,7 +399,7 @@ def staging(target_parent: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_manifest(folder: Path, manifest: ModelManifest) -> None:
+def write_manifest(folder: Path, manifest: ModelManifest | DetectorManifest) -> None:
     """Write `model.yaml`, with the SHA-256 of every file that is there."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST]
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
@@ -323,15 +407,15 @@ def write_manifest(folder: Path, manifest: ModelManifest) -> None:
     (folder / MANIFEST).write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def put_in_place(folder: Path, target_parent: Path) -> Model:
+def put_in_place(folder: Path, target_parent: Path) -> Model | Detector:
     """Verify a staged model and make it the one of its id; at no moment is there none."""
-    model = read_model(folder)
+    model = read_manifest(folder)
     verify_files(model)
     target = target_parent / model.manifest.id
     if not target.is_dir() or not _exchanged(folder, target):
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
-    return read_model(target)
+    return read_manifest(target)
 
 
 def _exchanged(one: Path, other: Path) -> bool:
@@ -368,14 +452,14 @@ def remove_model(folders: Sequence[Path], installed: Path, model_id: str) -> Pat
     return model.folder
 
 
-def find_model(folders: Sequence[Path], model_id: str) -> Model:
+def find_model(folders: Sequence[Path], model_id: str) -> Model | Detector:
     """Return the first installed model of a name.
 
     Raises
     ------
     ModelNotFound
     """
-    models = installed_models(folders)
+    models = [model for model in _scan(folders) if not isinstance(model, InvalidModel)]
     for model in models:
         if model.manifest.id == model_id:
             return model

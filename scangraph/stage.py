@@ -1,8 +1,8 @@
 """What every stage's deployment does alike: take references, work in a thread, tell progress, hand back results.
 
 A stage subclasses `Stage` and names one function per component. The protocol of `Stage.run`, a stream of items:
-`Progress` any number of times, one `StepSummary`, then the outputs in the order of the component's ports, each an item and so
-an object of its own in the object store, owned by the caller.
+`Progress` any number of times (none where it is done at once), one `StepSummary`, then the outputs in the order of the
+component's ports, each an item and so an object of its own in the object store, owned by the caller.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from scangraph import logs
 from scangraph.contracts import WAITING, Component, Progress, StepSummary
 from scangraph.contracts.errors import OutOfMemory, ScanGraphError, StageFailed, StageUnavailable, UnknownComponent
 
@@ -27,6 +28,8 @@ log = logging.getLogger("scangraph")
 
 #: How often what the process uses is said.
 _USAGE_SECONDS = 1.0
+#: What takes less is told nothing of: each item is an object of Ray's, and two of them take as long as resizing a picture.
+_QUIET_SECONDS = 0.05
 #: Called by an operation as `report(done, total, message)`; raises `StepCancelled` when nobody waits for the result any more.
 Report = Callable[[int, int, str], None]
 
@@ -62,6 +65,7 @@ class Stage:
     """
 
     def __init__(self, operations: Mapping[Component, Operation]) -> None:
+        logs.configure()
         self._operations = {component.id: (component, function) for component, function in operations.items()}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._working: dict[str, Event] = {}
@@ -94,7 +98,12 @@ class Stage:
         return True
 
     async def run(
-        self, component_id: str, inputs: Mapping[str, Any], parameters: Mapping[str, Any], execution_id: str
+        self,
+        component_id: str,
+        inputs: Mapping[str, Any],
+        parameters: Mapping[str, Any],
+        execution_id: str,
+        trace: str | None = None,
     ) -> AsyncIterator[Any]:
         """Run one component.
 
@@ -109,10 +118,12 @@ class Stage:
         execution_id : str
             For the log, and to know the same work when it comes again: who asks anew has lost the first answer (its executor
             died), so the first is stopped.
+        trace : str, optional
+            The caller's `traceparent`, for the log.
 
         Yields
         ------
-        Progress, then StepSummary, then the outputs
+        Progress unless it is quick, then StepSummary, then the outputs
         """
         component, function = self.operation(component_id)
         model = component.parameters.model_validate(dict(parameters))
@@ -132,16 +143,18 @@ class Stage:
 
         def work() -> tuple[StepOutput, float, float]:
             report(0, 0, "running")
-            with _watch_memory() as peak:
+            with logs.about(execution_id, trace), _watch_memory() as peak:
                 start = time.perf_counter()
                 output = function(values, model, report)
                 return output, time.perf_counter() - start, peak()
 
-        yield Progress(0, 0, WAITING)
         job = loop.run_in_executor(self._thread, work)
         job.add_done_callback(lambda _: news.put_nowait(None))
         job.add_done_callback(_look_at)
         try:
+            await asyncio.wait([job], timeout=_QUIET_SECONDS)
+            if news.empty():
+                yield Progress(0, 0, WAITING)
             while (item := await _newest(news)) is not None:
                 if time.monotonic() - told >= _USAGE_SECONDS:
                     told = time.monotonic()
@@ -159,7 +172,8 @@ class Stage:
             shape = next((v.shape for v in values.values() if hasattr(v, "shape")), ())
             raise OutOfMemory(component=component_id, device="main", shape="×".join(map(str, shape))) from None
         except Exception as error:  # the process boundary: nothing unforeseen may leave as a pickled foreign class
-            log.exception("execution %s: %s failed", execution_id, component_id)
+            with logs.about(execution_id, trace):
+                log.exception("execution %s: %s failed", execution_id, component_id)
             raise StageFailed(component=component_id, error=type(error).__name__, execution_id=execution_id) from None
         finally:
             if self._working.get(execution_id) is gone:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from scangraph.contracts import LabelMap, Volume
 from scangraph.phantoms import Phantom, make_phantom
 from scangraph.settings import Settings, load_settings
+from tests.s3 import in_own_place
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -67,16 +69,22 @@ def ball() -> LabelMap:
     return LabelMap(array, spacing, (-30.0, 40.0, 500.0), direction, (2, 5))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(request: pytest.FixtureRequest) -> None:
+    """Let all services of a run, and of the next run, share what takes long to compile. They run in other processes, too."""
+    os.environ.setdefault("SCANGRAPH_CACHE_DIR", str(request.config.cache.mkdir("scangraph")))
+
+
 @pytest.fixture(scope="session")
 def service_settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of the session's service: a data folder of its own, a free port."""
-    return load_settings(data=tmp_path_factory.mktemp("data"), port=0, cpus=2, object_store_mb=1024)
+    return in_own_place(load_settings(data=tmp_path_factory.mktemp("data"), port=0, cpus=2, object_store_mb=1024))
 
 
 @pytest.fixture(scope="session")
 def service(service_settings: Settings) -> Iterator[str]:
     """URL of a real service: real Ray, real HTTP, every stage in its environment."""
-    for stage in ("base", "nnunet", "smoothing", "postprocess"):
+    for stage in ("base", "nnunet", "smoothing", "postprocess", "imaging"):
         if not (service_settings.environments_dir / stage / "scangraph-lock").exists():
             pytest.skip(f"environment {stage!r} is not built: run `make setup`")
     from scangraph.cluster import local_service

@@ -9,8 +9,10 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -29,9 +31,59 @@ def _programs() -> Path:
     return Path(path).resolve().parent
 
 
+@dataclass(frozen=True)
+class Postgres:
+    """A running server.
+
+    Attributes
+    ----------
+    url : str
+        Without a database's name.
+    folder : str
+        Its data.
+    control : tuple of str
+        `pg_ctl`, as whoever the server runs as.
+    options : str
+        What it was started with.
+    """
+
+    url: str
+    folder: str
+    control: tuple[str, ...]
+    options: str
+
+    def restart(self) -> None:
+        """End as in a power cut, and come back."""
+        log = f"{Path(self.folder).parent}/log"
+        words = ["-D", self.folder, "-w", "-l", log, "-o", self.options, "-m", "immediate", "restart"]
+        subprocess.run([*self.control, *words], capture_output=True, check=True)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Have all of it stand still: connections stay, and nobody answers."""
+        pid = int((Path(self.folder) / "postmaster.pid").read_text().split()[0])
+        server = psutil.Process(pid)
+        some = [server, *server.children(recursive=True)]
+        for process in some:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in reversed(some):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
+
+
 @contextlib.contextmanager
 def postgres_server() -> Iterator[str]:
     """Give a URL without the database's name; the server ends with the block."""
+    with postgres() as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Run a server until the block ends."""
     programs, port = _programs(), free_port("127.0.0.1")
     # It refuses to run as root, and its socket's path must be short.
     as_owner = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
@@ -50,7 +102,7 @@ def postgres_server() -> Iterator[str]:
         control = str(programs / "pg_ctl")
         call(control, "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
         try:
-            yield f"postgresql+asyncpg://{user}@127.0.0.1:{port}"
+            yield Postgres(f"postgresql+asyncpg://{user}@127.0.0.1:{port}", data, (*as_owner, control), options)
         finally:
             subprocess.run([*as_owner, control, "-D", data, "-m", "immediate", "stop"], capture_output=True, check=False)
 

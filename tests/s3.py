@@ -1,18 +1,27 @@
-"""Real S3 servers for tests: moto's, quick and forgiving, and Ceph's radosgw, which checks signatures."""
+"""Real S3 servers for tests: moto's, quick and forgiving, and Ceph's radosgw, which checks signatures.
+
+Any test runs on one of them, or on a bucket of yours, by the service's own variables alone:
+
+    python -m tests.s3 moto|radosgw pytest tests/gateway …
+    SCANGRAPH_STORAGE_URL=s3://bucket AWS_…=… pytest tests/gateway …
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,9 +31,19 @@ import pytest
 from botocore.config import Config  # type: ignore[import-untyped]
 
 from scangraph.cluster import free_port
+from scangraph.settings import Settings
 
 #: Debian's; all of them, or there is no server.
 _CEPH = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
+
+
+def in_own_place(settings: Settings) -> Settings:
+    """Give the settings of a test a corner of its own in the storage that the environment names, if it names one."""
+    url = os.environ.get("SCANGRAPH_STORAGE_URL")
+    if not url or settings.storage_url != url:
+        return settings
+    corner = hashlib.sha256(str(settings.data).encode()).hexdigest()[:16]
+    return settings.model_copy(update={"storage_url": f"{url}/{corner}"})
 
 
 class S3:
@@ -145,17 +164,44 @@ keyring = {folder}/keyring
 mon data = {folder}/mon
 osd data = {folder}/osd
 osd objectstore = memstore
-memstore device bytes = 1073741824
+memstore device bytes = 3221225472
 osd class load list = *
 osd class default list = *
 [client.rgw]
 rgw frontends = beast endpoint=127.0.0.1:{port}
 rgw data = {folder}/rgw
+rgw gc obj min wait = 1
+rgw gc processor period = 1
 """
 
 
+class Radosgw(S3):
+    """Ceph's gateway, which can be ended and started again; what is stored stays in Ceph."""
+
+    def __init__(self, run: Callable[[], subprocess.Popen[bytes]]) -> None:
+        super().__init__(free_port("127.0.0.1"))
+        self._run = run
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        self._process = self._run()
+        for _ in range(600):
+            if self._answers():
+                return
+            time.sleep(0.1)
+        raise RuntimeError("radosgw did not start")
+
+    def stop(self) -> None:
+        """End it, as a power cut does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+
 @contextlib.contextmanager
-def radosgw(folder: Path) -> Iterator[S3]:
+def radosgw(folder: Path) -> Iterator[Radosgw]:
     """Run Ceph in memory (one monitor, one disk, no manager) and its S3 gateway until the block ends.
 
     It takes about ten seconds and half a gigabyte. `folder`'s path must be short: sockets are in it.
@@ -163,7 +209,8 @@ def radosgw(folder: Path) -> Iterator[S3]:
     if missing := [program for program in _CEPH if shutil.which(program) is None]:
         wanted = "apt-get install ceph-mon ceph-osd ceph-common radosgw"
         pytest.skip(f"Ceph's {', '.join(missing)} not installed (Debian: {wanted})")
-    server, fsid, monitor = S3(free_port("127.0.0.1")), str(uuid.uuid4()), free_port("127.0.0.1")
+    server = Radosgw(lambda: begin("radosgw", "-n", "client.rgw"))
+    fsid, monitor = str(uuid.uuid4()), free_port("127.0.0.1")
     conf, keyring, running = folder / "ceph.conf", folder / "keyring", []
     for name in ("mon", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
@@ -175,9 +222,12 @@ def radosgw(folder: Path) -> Iterator[S3]:
         if done.returncode:
             raise RuntimeError(f"{command[0]}: {done.stderr[-1000:]}")
 
-    def start(*command: str) -> None:
+    def begin(*command: str) -> subprocess.Popen[bytes]:
         quiet = subprocess.DEVNULL
-        running.append(subprocess.Popen([*command, "-f"], env=environment, stdout=quiet, stderr=quiet))
+        return subprocess.Popen([*command, "-f"], env=environment, stdout=quiet, stderr=quiet)
+
+    def start(*command: str) -> None:
+        running.append(begin(*command))
 
     try:
         call("ceph-authtool", "--create-keyring", str(keyring), "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
@@ -191,17 +241,39 @@ def radosgw(folder: Path) -> Iterator[S3]:
         call("ceph", "osd", "new", disk)
         call("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", disk)
         start("ceph-osd", "-i", "0")
-        start("radosgw", "-n", "client.rgw")
-        for _ in range(600):
-            if server._answers():
-                break
-            time.sleep(0.1)
+        server.start()
         keys = ("--access-key=test", "--secret=testtest")
         call("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
         server.client.create_bucket(Bucket="bucket")
         yield server
     finally:
         server.client.close()
+        server.stop()
         for process in reversed(running):
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def named(kind: str) -> Iterator[S3]:
+    """Run `moto` or `radosgw` until the block ends."""
+    with contextlib.ExitStack() as stack:
+        if kind == "moto":
+            yield stack.enter_context(moto())
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-", ignore_cleanup_errors=True))
+            yield stack.enter_context(radosgw(Path(folder)))
+
+
+def main(kind: str, *command: str) -> int:
+    """Run a command with the service's variables set to a server of its own."""
+    with named(kind) as server:
+        variables = {"SCANGRAPH_STORAGE_URL": server.url, "SCANGRAPH_STORAGE_OPTIONS": json.dumps(server.options)}
+        return subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except pytest.skip.Exception as reason:  # radosgw is not installed
+        sys.exit(f"skipped: {reason}")

@@ -25,11 +25,12 @@ from scangraph.store import accounts, open_store
 from scangraph.store.pipelines import sync_built_in
 from scangraph.tokens import Tokens
 from tests.executor.local import COMPONENTS, LocalStages
+from tests.s3 import in_own_place
 
 T = TypeVar("T")
 
 
-class _Thread:
+class Loop:
     """An event loop in a thread."""
 
     def __init__(self) -> None:
@@ -56,7 +57,8 @@ class Server:
     stages: LocalStages = field(init=False)
 
     def __post_init__(self) -> None:
-        self._thread = _Thread()
+        self.settings = in_own_place(self.settings)
+        self._thread = Loop()
         self._listen: socket.socket | None = None
         self._thread.run(self._open())
         self.up()
@@ -78,12 +80,12 @@ class Server:
 
     async def _open(self) -> None:
         settings = self.settings
-        store = await open_store(settings.database)
+        store = await open_store(settings.database, outbox=settings.kafka.on)
         await accounts.ensure_admin(store, settings.data)
         await sync_built_in(store, built_in_pipelines(COMPONENTS, {}))
         self.stages = LocalStages(settings)
         components = {component.id: component for component in COMPONENTS}
-        storage = open_storage(settings.storage)
+        storage = open_storage(settings.storage, settings.storage_options, settings.files.link_endpoint)
         self._scheduler = Scheduler(Tools(settings, store, storage, self.stages, components, HeldInputs(2**20)), 2**30)
 
         async def wake() -> None:
@@ -94,7 +96,7 @@ class Server:
 
         tokens = Tokens(settings.auth, settings.data / "keys")
         gate: Any = self.stages.imageio
-        self.services = Services(settings, store, storage, components, tokens, gate, wake, nothing, nothing)
+        self.services = Services(settings, store, storage, components, gate, wake, tokens, nothing, nothing)
 
     def up(self) -> None:
         """Listen."""
@@ -150,12 +152,15 @@ class Proxy:
         Connections so far.
     refusing : bool
         Whether new ones are reset at once.
+    rate : float or None
+        Bytes a second that each connection carries up.
     """
 
     def __init__(self, port: int) -> None:
-        self._target, self._thread = port, _Thread()
+        self._target, self._thread = port, Loop()
+        self.rate: float | None
         self.cuts: list[tuple[Literal["up", "down"], int]] = []
-        self.made, self.refusing = 0, False
+        self.made, self.refusing, self.rate = 0, False, None
         self._open: set[asyncio.StreamWriter] = set()
         self._server = self._thread.run(self._start())
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
@@ -187,6 +192,8 @@ class Proxy:
                         self._cut()
                         return
                     self.cuts[0] = (self.cuts[0][0], left)
+                if self.rate is not None and direction == "up":
+                    await asyncio.sleep(len(data) / self.rate)
                 writer.write(data)
                 await writer.drain()
         writer.close()

@@ -51,28 +51,35 @@ class Room:
 
 #: What each stage's own code is made with.
 STAGES = {
-    "imageio": "numpy pydantic isal",
+    "imageio": "numpy pydantic isal simplejpeg imagecodecs tifffile",
     "nnunet": "numpy pydantic torch nnunetv2 safetensors SimpleITK scipy numba openvino psutil",
     "smoothing": "numpy pydantic vtk vtkmodules pyvista trimesh numba matplotlib scipy open3d",
     "postprocess": "numpy pydantic scipy numba cugraph cudf cupy",
+    "imaging": "numpy pydantic cv2 PIL onnx onnxruntime google",
     "executor": "pydantic",
-    "gateway": "pydantic fastapi starlette uvicorn limits python_multipart sqlalchemy",
+    "kafka": "pydantic confluent_kafka",
+    "gateway": "pydantic fastapi starlette uvicorn limits python_multipart sqlalchemy httpx prometheus_client"
+    " grpc grpc_health google",
 }
 #: Those that work by handles, and so stand on Ray as a whole.
 CONTROL = ("executor", "gateway")
 #: Modules of scangraph/ that talk to a cluster, and those of the command that stands on top of everything.
-CONNECTING = ("handles",)
-#: Those that keep things: the database, the storage, the keys.
-KEEPING = ("store", "storage", "tokens")
+CONNECTING = ("handles", "routing")
+#: Those that keep things: the database, the storage, the keys, and what takes work in.
+KEEPING = ("store", "storage", "s3", "tokens", "intake")
+#: What every process tells of itself. Ray is asked only where it is there already.
+TELLING = ("metrics", "tracing", "logs")
 REMOTE = ("remote_cli", "terminal")
-COMMAND = ("cli", "local_cli", "accounts_cli", "cluster", "demo", "doctor")
+COMMAND = ("cli", "local_cli", "accounts_cli", "audit_cli", "cluster", "demo", "doctor")
 
 ROOMS = {
     "contracts": Room("numpy pydantic", ours="scangraph.contracts", environment="numpy1"),
     "shared": Room("numpy pydantic pydantic_settings yaml psutil", ours="scangraph"),
-    "keeping": Room("pydantic sqlalchemy alembic argon2 jwt cryptography obstore", ours="scangraph"),
+    "keeping": Room("pydantic sqlalchemy alembic argon2 jwt cryptography obstore botocore", ours="scangraph"),
+    "telling": Room("opentelemetry ray", ours="scangraph"),
     "client": Room("pydantic httpx websockets", ours="scangraph.contracts scangraph.client"),
     "client's command": Room("pydantic httpx websockets typer rich", ours="scangraph"),
+    "stubs": Room("grpc google", ours="scangraph"),
     "connecting": Room("pydantic ray", ours="scangraph", ray=True),
     "command": Room("numpy pydantic ray psutil typer rich", ours="scangraph runtime_envs graph", ray=True),
     "graph": Room("ray", ours="scangraph deployments runtime_envs", ray=True),
@@ -99,8 +106,12 @@ def room_of(module: str) -> str:
             return "contracts"
         case ["scangraph", name, *_] if name in KEEPING:
             return "keeping"
+        case ["scangraph", name] if name in TELLING:
+            return "telling"
         case ["scangraph", "client", *_]:
             return "client"
+        case ["scangraph", "imageflow", *_]:
+            return "stubs"
         case ["scangraph", name] if name in REMOTE:
             return "client's command"
         case ["scangraph", name] if name in CONNECTING:
@@ -111,6 +122,8 @@ def room_of(module: str) -> str:
             return "shared"
         case ["deployments"]:
             return "shared"  # empty
+        case ["deployments", "gateway", "rpc", "door"]:
+            return "gateway (deployment)"  # inside Serve's proxy, too
         case ["deployments", stage, "deployment" | "components"]:
             return f"{stage} (deployment)"
         case ["deployments", stage, name] if (stage, name) in {("executor", "stages"), ("gateway", "door")}:

@@ -46,7 +46,7 @@ def fat() -> None:
     turned = mask.reoriented("LPS")
     hu = ct.reoriented("LPS").array
     spacing = np.array(turned.spacing_mm)
-    sides = kidneys_by_side(turned.array, midline(turned))
+    sides = kidneys_by_side(turned.array, midline(turned.array))
     print("Fat, sample CT (3 mm), masks only; right / left Dice\n")
     print("| distance | against postprocess/fat with the CT | against all unlabelled fat HU within that distance | s |")
     print("|---|---|---|---|")

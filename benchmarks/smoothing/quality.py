@@ -16,7 +16,8 @@ from benchmarks.smoothing.ways import WAYS, Mesh, Way
 from deployments.smoothing.fairing import vertex_normals
 from deployments.smoothing.measuring import crossings, open_edges
 
-_SHAPES = ("sphere 25", "sphere 25, 3 mm slices", "tube 5", "tube 2", "tube 1.2")
+#: So far from the cut the outer surface is judged: nearer there is a junction.
+_AWAY_MM = 2.0
 
 
 def shapes(count: int) -> dict[str, list[tuple[Tube, tuple[float, float, float]]]]:
@@ -50,14 +51,48 @@ def judge(mesh: Mesh, shape: Tube) -> NDArray[np.float64]:
     )
 
 
+def judge_halves(meshes: dict[int, Mesh], shape: Tube, cut: float) -> NDArray[np.float64]:
+    """The same for a shape whose halves are two labels: of the outer surface, away from the cut, and of both volumes."""
+    cosines, distances, volume, crossed, open_ = [], [], 0.0, 0, 0
+    for vertices, faces in meshes.values():
+        points = vertices.astype(np.float64)
+        normals = vertex_normals(vertices, np.empty((0, 4), np.int32), np.ascontiguousarray(faces))
+        away = np.abs(points[:, 2] - cut) > _AWAY_MM
+        cosines.append((normals * shape.normals(points)).sum(axis=1)[away])
+        distances.append(shape.distance(points)[away])
+        a, b, c = (points[faces[:, k]] - points.mean(axis=0) for k in range(3))
+        volume += float(np.einsum("ij,ij->", a, np.cross(b, c))) / 6
+        crossed += crossings(vertices, faces)
+        open_ += open_edges(faces)
+    degrees = np.degrees(np.arccos(np.clip(np.concatenate(cosines), -1, 1))).mean()
+    return np.array([degrees, np.abs(np.concatenate(distances)).mean(), volume / shape.volume_mm3 - 1, crossed, open_])
+
+
+def halves(shape: Tube, spacing_mm: tuple[float, float, float]) -> tuple[NDArray[np.uint8], float]:
+    """Return the shape's mask with label 2 above its middle, and where the two meet (z, mm)."""
+    mask = shape.mask(spacing_mm)
+    planes = np.flatnonzero(mask.any(axis=(1, 2)))
+    middle = int(planes.mean().round())
+    upper = mask[middle:]
+    upper[upper > 0] = 2
+    return mask, (middle - 0.5) * spacing_mm[0]
+
+
 def _mesh(way: Way, shape: Tube, spacing_mm: tuple[float, float, float], part: float) -> Mesh:
     mask = shape.mask(spacing_mm)
     wanted = 0 if part == 1 else round(part * len(WAYS["ours"](mask, spacing_mm, 0)[1][1]))
     return way(mask, spacing_mm, wanted)[1]
 
 
+def _cell(found: NDArray[np.float64]) -> str:
+    degrees, distance, _, crossed, open_ = found.mean(axis=0)
+    low, high = 100 * found[:, 2].min(), 100 * found[:, 2].max()
+    broken = f" · {open_:.0f} open" if open_ else ""
+    return f"{degrees:.2f}° · {distance:.3f} · {low:+.1f} … {high:+.1f} % · {crossed:.1f}{broken}"
+
+
 def main() -> None:
-    """Print a table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20, help="tubes of each radius")
     arguments = parser.parse_args()
@@ -71,11 +106,16 @@ def main() -> None:
             cells = []
             for of_kind in cases.values():
                 found = np.array([judge(_mesh(way, s, spacing, part), s) for s, spacing in of_kind])
-                degrees, distance, _, crossed, open_ = found.mean(axis=0)
-                low, high = 100 * found[:, 2].min(), 100 * found[:, 2].max()
-                broken = f" · {open_:.0f} open" if open_ else ""
-                cells.append(f"{degrees:.2f}° · {distance:.3f} · {low:+.1f} … {high:+.1f} % · {crossed:.1f}{broken}")
+                cells.append(_cell(found))
             print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    print(f"\n| in two halves | {' | '.join(cases)} |\n|{'---|' * (len(cases) + 1)}")
+    for name in ("ours", "ours, joint"):
+        cells = []
+        for of_kind in cases.values():
+            cut = [(halves(s, spacing), s, spacing) for s, spacing in of_kind]
+            found = np.array([judge_halves(WAYS[name](m, spacing, 0), s, z) for (m, z), s, spacing in cut])
+            cells.append(_cell(found))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

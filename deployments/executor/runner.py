@@ -1,4 +1,4 @@
-"""One execution's way: its steps as soon as their inputs are there, each result once, the outputs at the end.
+"""One execution's way: its steps as soon as their inputs are there, each result once, its outputs as soon as they are made.
 
 Only references and small values pass through here.
 """
@@ -12,13 +12,17 @@ import json
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+from deployments.executor.journal import Journal
+from deployments.executor.lines import Lines
 from deployments.executor.stages import Stages
+from deployments.executor.watching import Watch
 from scangraph.contracts import Component, Progress, StepSummary
+from scangraph.contracts.components import READABLE
 from scangraph.contracts.errors import (
     DamagedResult,
     FileMissing,
@@ -36,16 +40,18 @@ from scangraph.contracts.pipelines import INPUT, PipelineStep, needs
 from scangraph.settings import Settings
 from scangraph.storage import Storage
 from scangraph.store import Store, executions, now
-from scangraph.store.executions import Claim, NewFile
-from scangraph.store.pipelines import find_revision
+from scangraph.store.derived import drop_derived
+from scangraph.store.executions import Claim, NewFile, OutputWritten, Record, StepFinished, StepProgress, StepStarted
+from scangraph.store.pipelines import Stored, find_revision
 from scangraph.store.results import drop_result, find_result, keep_result
 from scangraph.store.views import provenance
 
 log = logging.getLogger("scangraph")
 
-#: How often progress is written down, at most.
-_FLUSH_SECONDS = 1.0
-_READABLE = frozenset({"image", "mask"})
+#: Results that may be on their way into the storage before executions wait for that.
+_KEEPING_AT_ONCE = 8
+#: How long the end of an execution waits for files that are being written, to delete them.
+_SAVING_SECONDS = 30.0
 
 
 def result_key(
@@ -107,8 +113,24 @@ class Tools:
     stages: Stages
     components: Mapping[str, Component]
     held: HeldInputs
+    lines: Lines = field(default_factory=Lines)
     # Two executions that need the same result: the second waits for the first, then finds it.
     locks: weakref.WeakValueDictionary[str, asyncio.Lock] = field(default_factory=weakref.WeakValueDictionary)
+
+    # Results on their way into the storage: the executions that made them need not wait for that.
+    keeping: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def beside(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Keep a result beside everything else."""
+        task = asyncio.create_task(work)
+        self.keeping.add(task)
+        task.add_done_callback(self.keeping.discard)
+        return task
+
+    async def not_too_many_beside(self) -> None:
+        """Wait while the storage is slower than the stages: what is not kept yet stays in memory."""
+        while len(self.keeping) > _KEEPING_AT_ONCE:
+            await asyncio.wait(self.keeping, return_when=asyncio.FIRST_COMPLETED)
 
     def lock(self, key: str) -> asyncio.Lock:
         """Return the lock of a result."""
@@ -160,15 +182,17 @@ class Runner:
     """
 
     def __init__(self, tools: Tools, claim: Claim) -> None:
-        self._tools, self._claim = tools, claim
+        self._tools, self._claim, self.watch = tools, claim, Watch(claim)
         self._spec, self._steps = claim.spec, {step.id: step for step in claim.spec.steps}
         self._components: dict[str, Component] = {}
-        self._news: dict[str, tuple[Progress, int]] = {}
+        self._journal = Journal(tools.store, claim)
         self._lost: dict[str, list[str]] = {}
         self._inputs: dict[str, Any] = {}
         self._outputs: dict[str, dict[str, Value]] = {}
         self._keeping: dict[str, asyncio.Task[None]] = {}
-        self._written: list[str] = []
+        self._writing: dict[str, asyncio.Task[list[NewFile]]] = {}
+        self._saving: set[asyncio.Future[list[dict[str, Any]]]] = set()
+        self._written: dict[str, str] = {}  # storage name -> SHA-256
 
     async def run(self) -> None:
         """Work to the end and write it down. Cancelled by the scheduler, it stops the work and leaves the rest to that.
@@ -180,10 +204,16 @@ class Runner:
         StoreUnavailable
             If the records cannot be reached: the lease runs out, and the execution goes on elsewhere.
         """
-        flush = asyncio.create_task(self._flush_progress())
+        self.watch.enter()
+        writing = asyncio.create_task(self._journal.keep_writing())
         try:
             await self._finish(await self._work())
-        except (LeaseLost, StoreUnavailable, asyncio.CancelledError):
+        except asyncio.CancelledError:
+            await self._stop_writing()
+            with contextlib.suppress(LeaseLost, StoreUnavailable):
+                await self._journal.flush()
+            raise
+        except (LeaseLost, StoreUnavailable):
             raise
         except StepError as failure:
             await self._fail(failure.error, failure.step_id)
@@ -196,9 +226,9 @@ class Runner:
             )
             await self._fail(unforeseen, None)
         finally:
-            for task in (*self._keeping.values(), flush):
-                task.cancel()
-            await asyncio.gather(flush, *self._keeping.values(), return_exceptions=True)
+            writing.cancel()
+            await asyncio.wait([writing])
+            await self._stop_writing()
             for value in self._all_values():
                 await value.drop()
 
@@ -214,17 +244,22 @@ class Runner:
         except asyncio.CancelledError:
             await asyncio.wait([ending])
             if ending.exception() is None and ending.result():
+                self.watch.end("completed")
                 return
             raise
         if not completed:
             await executions.end_cancelled(self._tools.store, self._claim)
             await self.remove_written()
+        self.watch.end("completed" if completed else "cancelled")
 
     async def _fail(self, error: ScanGraphError, step_id: str | None) -> None:
         described = {"code": error.code, "status": error.status, "title": error.title, "detail": error.detail}
         if error.fields.get("errors"):
             described["errors"] = error.fields["errors"]
+        await self._stop_writing()
+        await self._journal.flush()
         await executions.fail(self._tools.store, self._claim, described, step_id)
+        self.watch.end("failed", error.code, step_id)
         await self.remove_written()
 
     async def _work(self) -> list[NewFile]:
@@ -243,15 +278,15 @@ class Runner:
             for other in waits[step_id]:
                 await asyncio.wait([tasks[other]])
                 tasks[other].result()  # its failure is ours
-            await self._step(self._steps[step_id])
+            with self.watch.step(step_id, component=self._components[step_id].id):
+                await self._step(self._steps[step_id])
+            self._begin_writing(step_id)
 
         for step_id in self._steps:
             tasks[step_id] = asyncio.create_task(step(step_id), name=f"{self._claim.execution_id}/{step_id}")
         await _together(tasks.values())
-        # Independent of each other: results for people, and results for later runs.
-        files = await self._write_outputs()
-        await asyncio.gather(*self._keeping.values())
-        return files
+        await self._tools.not_too_many_beside()
+        return await self._write_outputs()
 
     # --- inputs ------------------------------------------------------------------------------------------------------------
 
@@ -269,7 +304,7 @@ class Runner:
             )
 
     def _open(self, kind: str, given: Mapping[str, Any]) -> Value:
-        if kind not in _READABLE:
+        if kind not in READABLE:
             raise InvalidParameters(
                 component=self._claim.pipeline, detail=f"{given['path']}: a {kind} cannot be read from a file"
             )
@@ -311,37 +346,47 @@ class Runner:
         tools, component = self._tools, self._components[step.id]
         parameters = self._claim.parameters[step.id]
         try:
-            identity = await tools.stages.identity(component, parameters)
+            identity = await self._identity(step, component, parameters) if component.uses_models else {}
             inputs = self._step_inputs(step)
             keys = {port: [v.key for v in value] if isinstance(value, list) else value.key for port, value in inputs.items()}
             key = result_key(component, identity, parameters, keys)
-            known = await self._known(key)
-            if known is None:
-                await executions.start_step(tools.store, self._claim, step.id)
-                lock = tools.lock(key)
-                await lock.acquire()
-                try:
-                    known = await self._known(key)
-                    if known is None:
-                        await self._compute(step, component, parameters, inputs, key)
-                        return
-                finally:
-                    # Who waits for it wants to find the result: it is free when that is kept, the steps after it begin now.
-                    kept = self._keeping.get(key)
-                    if kept is None:
-                        lock.release()
-                    else:
-                        kept.add_done_callback(lambda _: lock.release())
+            lock = tools.lock(key)
+            if lock.locked():  # somebody makes this very result: waiting for it is work, too
+                self._journal.add(StepStarted(step.id))
+            await lock.acquire()
+            try:
+                known = await self._known(key)
+                if known is None:
+                    self._journal.add(StepStarted(step.id))
+                    await self._compute(step, component, parameters, inputs, key)
+                    return
+            finally:
+                # Who waits for it wants to find the result: it is free when that is kept, the steps after it begin now.
+                kept = self._keeping.get(key)
+                if kept is None:
+                    lock.release()
+                else:
+                    kept.add_done_callback(lambda _: lock.release())
             outputs, summary = known
             self._outputs[step.id] = {
                 port: Value(f"{key}.{port}", self._recalling(step, component, inputs, key, port, name))
                 for port, name in outputs.items()
             }
-            await executions.finish_step(tools.store, self._claim, step.id, summary, attempts=0, result_key=key, cached=True)
+            self._journal.add(StepFinished(step.id, summary, 0, key, cached=True))
         except (LeaseLost, StoreUnavailable):
             raise
         except ScanGraphError as error:
             raise StepError(step.id, error) from error
+
+    async def _identity(self, step: PipelineStep, component: Component, parameters: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask for the model. A stage that nobody has needed for long is started for that, which takes a while."""
+
+        def on_progress(progress: Progress) -> None:
+            self._journal.add(StepStarted(step.id))
+            self._journal.add(StepProgress(step.id, progress, 0))
+
+        with self._tools.lines.told(component.deployment, on_progress):
+            return await self._tools.stages.identity(component, parameters)
 
     async def _known(self, key: str) -> tuple[dict[str, str], StepSummary] | None:
         return await find_result(self._tools.store, key) if self._tools.settings.executor.kept_results_bytes else None
@@ -370,25 +415,22 @@ class Runner:
             summary = StepSummary(summary.seconds, summary.peak_mb, summary.warnings, {**summary.facts, "lost_attempts": lost})
         made = {port: Value(f"{key}.{port}", _constant(ref)) for port, ref in outputs.items()}
         self._outputs[step.id] = made
-        if self._tools.settings.executor.kept_results_bytes:
-            self._keeping[key] = asyncio.create_task(self._keep(key, component, outputs, summary))
-        await executions.finish_step(
-            self._tools.store, self._claim, step.id, summary, attempts=attempts, result_key=key, cached=False
-        )
+        executor = self._tools.settings.executor
+        if executor.kept_results_bytes and summary.seconds >= executor.keep_from_seconds:
+            self._keeping[key] = self._tools.beside(self._keep(key, component, outputs, summary))
+        self._journal.add(StepFinished(step.id, summary, attempts, key, cached=False))
 
     async def _run(
         self, step: PipelineStep, component: Component, parameters: Mapping[str, Any], inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], StepSummary, int]:
-        settings, attempt = self._tools.settings.executor, 1
+        settings, lines, attempt = self._tools.settings.executor, self._tools.lines, 1
         refs = {
             port: [await v.ref() for v in value] if isinstance(value, list) else await value.ref()
             for port, value in inputs.items()
         }
 
         def on_progress(progress: Progress) -> None:
-            if progress.resources is None and step.id in self._news:
-                progress = replace(progress, resources=self._news[step.id][0].resources)
-            self._news[step.id] = (progress, attempt)
+            self._journal.add(StepProgress(step.id, progress, attempt))
 
         def on_lost(number: int, error: BaseException) -> None:
             nonlocal attempt
@@ -396,20 +438,27 @@ class Runner:
             self._lost.setdefault(step.id, []).append(f"{type(error).__name__}, then attempt {number}")
 
         limit = step.timeout_seconds or settings.step_timeout_seconds
-        try:
-            async with asyncio.timeout(limit):
-                result = await self._tools.stages.run(
-                    component,
-                    refs,
-                    parameters,
-                    f"{self._claim.execution_id}/{step.id}",
-                    on_progress,
-                    on_lost,
-                    step.attempts or settings.attempts,
-                )
-        except TimeoutError:
-            raise StepTimedOut(step=step.id, component=component.id, seconds=limit) from None
-        self._news.pop(step.id, None)
+        size, order = self._claim.input_bytes, self._claim.queue_key
+        async with lines.turn(component.deployment, component.id, size, order, on_progress) as work:
+
+            def heard(progress: Progress) -> None:
+                work.heard(progress)
+                on_progress(progress)
+
+            try:
+                async with asyncio.timeout(limit):
+                    result = await self._tools.stages.run(
+                        component,
+                        refs,
+                        parameters,
+                        f"{self._claim.execution_id}/{step.id}",
+                        heard,
+                        on_lost,
+                        step.attempts or settings.attempts,
+                    )
+            except TimeoutError:
+                raise StepTimedOut(step=step.id, component=component.id, seconds=limit) from None
+            lines.costs.learn(component.id, result.summary.seconds, size)
         return result.outputs, result.summary, result.attempts
 
     async def _keep(self, key: str, component: Component, outputs: Mapping[str, Any], summary: StepSummary) -> None:
@@ -421,63 +470,85 @@ class Runner:
         except (StorageFull, StorageUnavailable, StoreUnavailable) as error:
             log.warning("execution %s: a step's result was not kept: %s", self._claim.execution_id, error)
 
-    async def _flush_progress(self) -> None:
-        """Write progress down now and then; what is outdated by then is skipped."""
-        while True:
-            await asyncio.sleep(_FLUSH_SECONDS)
-            news, self._news = self._news, {}
-            if news:
-                # Progress that cannot be written is no reason to stop; a lost lease is noticed where it matters.
-                with contextlib.suppress(StoreUnavailable, LeaseLost):
-                    await executions.report_progress(self._tools.store, self._claim, news)
-
     # --- outputs -----------------------------------------------------------------------------------------------------------
 
+    def _begin_writing(self, step_id: str) -> None:
+        """Write what a step gives to the outputs while the others work: whoever watches need not wait for the end."""
+        for name, source in self._spec.outputs.items():
+            origin, _, port = source.partition(".")
+            if origin == step_id:
+                self._writing[name] = asyncio.create_task(self._write_output(name, step_id, port))
+
+    async def _write_output(self, name: str, step_id: str, port_name: str) -> list[NewFile]:
+        kind = next(port.kind for port in self._components[step_id].outputs if port.name == port_name)
+        try:
+            ref = await self._outputs[step_id][port_name].ref()
+            saving = asyncio.ensure_future(self._tools.stages.save(ref, kind, f"{self._folder}/{name}"))
+            self._saving.add(saving)
+            saved = await asyncio.shield(saving)
+        except ScanGraphError as error:
+            raise StepError(step_id, error) from error
+        files = [NewFile(output=name, **entry) for entry in saved]
+        self._written.update((file.storage_name, file.sha256) for file in files)
+        self._journal.add(OutputWritten(name, files, self._expiry()))
+        return files
+
+    async def _stop_writing(self) -> None:
+        for task in self._writing.values():
+            task.cancel()
+        await asyncio.gather(*self._writing.values(), return_exceptions=True)
+
     async def _write_outputs(self) -> list[NewFile]:
-        """Write the declared outputs and, last, the manifest that says where each came from."""
-        folder = f"results/{self._claim.execution_id}"
+        """Wait for the declared outputs and, last, write the manifest that says where each came from."""
 
-        async def write(name: str, source: str) -> list[NewFile]:
-            origin, _, port_name = source.partition(".")
-            component = self._components[origin]
-            kind = next(port.kind for port in component.outputs if port.name == port_name)
-            try:
-                ref = await self._outputs[origin][port_name].ref()
-                files = [
-                    NewFile(output=name, **entry) for entry in await self._tools.stages.save(ref, kind, f"{folder}/{name}")
-                ]
-            except ScanGraphError as error:
-                raise StepError(origin, error) from error
-            self._written.extend(file.storage_name for file in files)
-            return files
+        async def story() -> tuple[Record, Stored]:
+            await self._journal.flush()
+            record = await executions.load(self._tools.store, self._claim.execution_id)
+            return record, await find_revision(self._tools.store, self._claim.pipeline_id, self._claim.revision)
 
-        jobs = [asyncio.ensure_future(write(name, source)) for name, source in self._spec.outputs.items()]
-        done = await asyncio.gather(*jobs, return_exceptions=True)  # all, so that what was written is known
+        told, jobs = asyncio.ensure_future(story()), [self._writing[name] for name in self._spec.outputs]
+        done = await asyncio.gather(*jobs, told, return_exceptions=True)  # all, so that what was written is known
         for outcome in done:
             if isinstance(outcome, BaseException):
                 raise outcome
-        files = [file for outcome in done if isinstance(outcome, list) for file in outcome]
-        return [*files, await self._write_manifest(folder, files)]
+        files = [file for job in jobs for file in job.result()]
+        return [*files, await self._write_manifest(provenance(*told.result(), files))]
 
-    async def _write_manifest(self, folder: str, files: list[NewFile]) -> NewFile:
-        record = await executions.load(self._tools.store, self._claim.execution_id)
-        pipeline = await find_revision(self._tools.store, self._claim.pipeline_id, self._claim.revision)
-        text = json.dumps(provenance(record, pipeline, files), indent=2, default=str).encode()
+    async def _write_manifest(self, manifest: Mapping[str, Any]) -> NewFile:
+        text = json.dumps(manifest, indent=2, default=str).encode()
         # An executor that died after this line left a manifest of its own; ours says other times, so it gets another name.
-        name = await self._tools.storage.write(f"{folder}/manifest-{self._claim.fence}.json", text)
-        self._written.append(name)
+        name = await self._tools.stages.wait_for_storage(
+            lambda: self._tools.storage.write(f"{self._folder}/manifest-{self._claim.fence}.json", text)
+        )
         digest = hashlib.sha256(text).hexdigest()
+        self._written[name] = digest
         return NewFile("manifest", name, "manifest.json", "json", "application/json", len(text), digest)
 
     async def remove_written(self) -> None:
         """Leave nothing of an execution that ended without completing; what cannot be deleted now is found by the sweep.
 
         Only after that end is written down: while another executor may have the execution, the files may be its own.
+
+        Race: a stage that writes a file does not stop for us, and what it had not written yet when we looked would stay.
         """
+        if self._saving:
+            written, late = await asyncio.wait(self._saving, timeout=_SAVING_SECONDS)
+            for task in written:
+                if not task.cancelled() and task.exception() is None:
+                    self._written.update((entry["storage_name"], entry["sha256"]) for entry in task.result())
+            for task in late:
+                task.cancel()
+            self._saving.clear()
         for name in self._written:
             with contextlib.suppress(ScanGraphError):
                 await self._tools.storage.delete(name)
+        with contextlib.suppress(ScanGraphError):  # whoever watched has had copies made
+            await drop_derived(self._tools.store, self._tools.storage, self._written.values())
         self._written.clear()
+
+    @property
+    def _folder(self) -> str:
+        return f"results/{self._claim.execution_id}"
 
     def _expiry(self) -> Any:
         days = self._tools.settings.files.retention_days

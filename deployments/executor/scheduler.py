@@ -13,7 +13,7 @@ from deployments.executor.runner import Runner, Tools
 from scangraph.contracts.errors import LeaseLost, ScanGraphError, StoreUnavailable
 from scangraph.store import executions, now
 from scangraph.store.executions import Claim
-from scangraph.store.files import expire_files, sweep_orphans
+from scangraph.store.files import delete_expired, sweep_orphans
 from scangraph.store.results import evict_results
 
 log = logging.getLogger("scangraph")
@@ -52,6 +52,10 @@ class Scheduler:
         """Look now: something was accepted or is to be cancelled."""
         self._called.set()
 
+    async def news(self, seen: int, seconds: float) -> int:
+        """Wait until something was written about an execution here since number `seen`; return the newest number."""
+        return await self._tools.store.news(seen, seconds)
+
     def check(self) -> None:
         """Raise if the loop has ended: it must not."""
         if self._loop.done():
@@ -73,6 +77,10 @@ class Scheduler:
             task.cancel()
         if self._running:
             await asyncio.wait([task for _, task in self._running.values()], timeout=20)
+        if keeping := set(self._tools.keeping):  # what is made should be there for the next executor
+            _, slow = await asyncio.wait(keeping, timeout=5)
+            for task in slow:
+                task.cancel()
 
     async def _work(self) -> None:
         while True:
@@ -141,6 +149,7 @@ class Scheduler:
         with contextlib.suppress(LeaseLost, StoreUnavailable):
             if why == "cancel":
                 await executions.end_cancelled(self._tools.store, claim)
+                runner.watch.end("cancelled")
                 await runner.remove_written()
             elif why == "shutdown":
                 await executions.give_back(self._tools.store, claim)
@@ -151,8 +160,7 @@ class Scheduler:
         with contextlib.suppress(ScanGraphError):
             for name in await evict_results(tools.store, tools.settings.executor.kept_results_bytes):
                 await tools.storage.delete(name)
-            for name in await expire_files(tools.store, now()):
-                await tools.storage.delete(name)
+            await delete_expired(tools.store, tools.storage, now())
             days = tools.settings.executor.retention_days
             if days:
                 await executions.forget(tools.store, tools.storage, now() - timedelta(days=days))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,27 +16,30 @@ from starlette.types import Receive, Scope, Send
 
 import scangraph
 from deployments.gateway import problems
-from deployments.gateway.auth import Principal, auth_routes, requires
+from deployments.gateway.auditing import Audited
+from deployments.gateway.auth import auth_routes, requires
+from deployments.gateway.display import display_routes
+from deployments.gateway.entrance import Entrance
 from deployments.gateway.executions import (
     IdempotencyKey,
     Prefer,
     execution_routes,
-    failure,
-    fingerprint,
-    look,
     preferences,
-    submit,
 )
 from deployments.gateway.files import file_routes
 from deployments.gateway.live import hub, live_routes
+from deployments.gateway.metrics import metrics_routes
+from deployments.gateway.page import page_routes
 from deployments.gateway.pipelines import pipeline_routes
 from deployments.gateway.problems import documented
 from deployments.gateway.resumable import upload_routes
-from deployments.gateway.services import Access
+from deployments.gateway.services import Access, Services
+from deployments.gateway.sessions import session_routes
 from scangraph.contracts import Component, label_of, label_table
 from scangraph.contracts.api import ExecutionAccepted, InputFile, NewExecution
-from scangraph.contracts.errors import UnknownComponent
+from scangraph.contracts.errors import StorageUnavailable, UnknownComponent
 from scangraph.contracts.pipelines import one_step_pipeline, pipeline_name
+from scangraph.intake import Principal, failure, fingerprint, look, submit
 from scangraph.settings import GatewaySettings
 from scangraph.store import executions, pipelines
 from scangraph.store.executions import Record
@@ -44,15 +48,16 @@ from scangraph.store.views import accepted
 _DESCRIPTION = """\
 CT scans in, label masks and surgical 3-D scenes out. **Research use only**: not a medical device.
 
-Everything but health, documentation and login wants a bearer token (`POST /v1/auth/login`). Upload files (`/v1/files`, or
-resumably `/v1/uploads`), run a pipeline on them (`/v1/executions`), follow it live (WebSocket `/v1/ws`) and fetch the results.
+Everything but health, documentation and login wants a bearer token (`POST /v1/auth/login`), or the page's cookies. Upload
+files (`/v1/files`, or resumably `/v1/uploads`), run a pipeline on them (`/v1/executions`), follow it live (WebSocket `/v1/ws`)
+and fetch the results.
 The direct endpoints run one component on storage paths and wait.
 Every error is `application/problem+json`.
 """
-#: What a request can name by a path; scenes are made, not read.
-_READABLE = frozenset({"image", "mask"})
 #: A direct endpoint waits as long as its client does; a day ends every connection.
 _FOREVER = 86400.0
+#: How long the storage may take to show that it is there.
+_STORAGE_SECONDS = 5
 #: Where a request's scope says which endpoint it found.
 _LATER = "scangraph.endpoint"
 
@@ -112,9 +117,25 @@ def build_app(components: tuple[Component, ...], services: Access, settings: Gat
         description=_DESCRIPTION,
         openapi_tags=[{"name": name} for name in ("accounts", "files", "pipelines", "executions", "components", "service")],
         swagger_ui_parameters={"docExpansion": "list"},
+        # Its own spans and lines would hold paths; see `entrance.py`.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     problems.install(app, settings.max_body_bytes, settings.stall_seconds)
-    for routes in (auth_routes, file_routes, upload_routes, pipeline_routes, execution_routes, live_routes, _service_routes):
+    app.add_middleware(Audited, services=services)
+    app.add_middleware(Entrance)
+    for routes in (
+        auth_routes,
+        session_routes,
+        file_routes,
+        display_routes,
+        upload_routes,
+        pipeline_routes,
+        execution_routes,
+        live_routes,
+        metrics_routes,
+        page_routes,
+        _service_routes,
+    ):
         app.include_router(routes(services))
     for component in components:
         if _has_endpoint(component):
@@ -160,7 +181,7 @@ def _document(app: FastAPI, later: _LaterEndpoints) -> dict[str, Any]:
 
 
 def _has_endpoint(component: Component) -> bool:
-    return all(port.kind in _READABLE for port in component.inputs)
+    return component.reads_files
 
 
 class _LaterEndpoints(BaseRoute):
@@ -302,9 +323,21 @@ class Readiness(BaseModel):
     not_ready: dict[str, str]
 
 
+async def _storage_state(services: Services) -> dict[str, str]:
+    """Return why the storage cannot be used, if it cannot."""
+    try:
+        async with asyncio.timeout(_STORAGE_SECONDS):
+            await services.storage.reach()
+    except TimeoutError:
+        return {"storage": f"it does not answer within {_STORAGE_SECONDS} s"}
+    except StorageUnavailable as error:
+        return {"storage": str(error.fields["reason"])}
+    return {}
+
+
 def _service_routes(services: Access) -> APIRouter:
     router = APIRouter(tags=["service"])
-    viewer = Depends(requires(services, "viewer"))
+    viewer, admin = Depends(requires(services, "viewer")), Depends(requires(services, "admin"))
 
     def shown(component: Component, models: dict[str, Any], waiting: dict[str, str]) -> dict[str, Any]:
         reason = waiting.get(component.deployment)
@@ -313,7 +346,7 @@ def _service_routes(services: Access) -> APIRouter:
             "models": models.get(component.id, []),
             "ready": reason is None,
             "not_ready": reason,
-            "pipeline": pipeline_name(component.id) if all(port.kind in _READABLE for port in component.inputs) else None,
+            "pipeline": pipeline_name(component.id) if component.reads_files else None,
         }
 
     @router.get("/healthz", summary="Is the process alive?", operation_id="healthz")
@@ -328,9 +361,13 @@ def _service_routes(services: Access) -> APIRouter:
         responses={503: {"model": Readiness, "description": "not yet"}},
     )
     async def readyz() -> Response:
-        waiting = await services().readiness()
+        waiting = await services().readiness() | await _storage_state(services())
         body = {"status": "not ready" if waiting else "ready", "not_ready": waiting}
         return JSONResponse(body, 503 if waiting else 200, {"Retry-After": "5"} if waiting else None)
+
+    @router.get("/v1/doors", summary="How the other doors are", operation_id="list_doors", responses=documented(401, 403, 503))
+    async def doors(*, _: Principal = admin) -> dict[str, dict[str, Any]]:
+        return await services().doors()
 
     @router.get("/v1/components", summary="What can be run", operation_id="list_components", responses=documented(401, 503))
     async def components(*, _: Principal = viewer) -> Items:
@@ -357,7 +394,9 @@ def _service_routes(services: Access) -> APIRouter:
         responses=documented(401, 503),
     )
     async def labels(*, _: Principal = viewer) -> Items:
-        own = {n: name for models in (await services().models()).values() for m in models for n, name in m["names"].items()}
+        own = {
+            n: name for models in (await services().models()).values() for m in models for n, name in m.get("names", {}).items()
+        }
         return Items(items=[label_of(number, own).model_dump() for number in (*label_table(), *sorted(own))])
 
     return router

@@ -7,8 +7,7 @@ import contextlib
 import ipaddress
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -16,40 +15,22 @@ from limits import RateLimitItem, RateLimitItemPerMinute
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import MovingWindowRateLimiter
 
+from deployments.gateway import cookies
+from deployments.gateway.entrance import PRINCIPAL
 from deployments.gateway.problems import documented
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.api import Credentials, Identity, RefreshRequest, Role, Tokens
 from scangraph.contracts.errors import Forbidden, TooManyRequests, Unauthenticated
+from scangraph.intake import Principal
 from scangraph.store import accounts
 from scangraph.store.tables import Account
 
-#: Each role may do what those before it may: a viewer looks, an operator runs and uploads, an editor makes pipelines.
-_ORDER: tuple[Role, ...] = ("viewer", "operator", "editor", "admin")
 #: For how long a replica believes what it knows of accounts and revoked tokens.
 _STANDING_SECONDS = 1.0
 #: Each check of a password takes 64 MiB and a core for some 50 ms; the others wait, no more of them than requests may.
 _LOGINS_AT_ONCE = 2
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="bearer", bearerFormat="JWT", description="from POST /v1/auth/login")
-
-
-class Principal(NamedTuple):
-    """Who asks."""
-
-    account_id: str
-    name: str
-    role: Role
-    jti: str
-    expires_at: datetime
-    epoch: int = 0
-
-    def may(self, role: Role) -> bool:
-        """Whether this one may do what needs a role."""
-        return _ORDER.index(self.role) >= _ORDER.index(role)
-
-    def sees(self, owner_id: str | None) -> bool:
-        """Whether this one sees an execution or a file of that owner."""
-        return self.role == "admin" or (owner_id is not None and owner_id == self.account_id)
 
 
 class Standings:
@@ -82,7 +63,8 @@ class Standings:
         self._until = 0.0
 
 
-def _standings(services: Services) -> Standings:
+def standings(services: Services) -> Standings:
+    """Return the replica's."""
     found: Standings = services.state.setdefault("standings", Standings())
     return found
 
@@ -98,7 +80,7 @@ async def authenticate(services: Services, token: str) -> Principal:
 
 async def still_good(services: Services, principal: Principal) -> bool:
     """Whether a token that was good is good now."""
-    standing = await _standings(services).get(services)
+    standing = await standings(services).get(services)
     return principal.jti not in standing.revoked and standing.epochs.get(principal.account_id) == principal.epoch
 
 
@@ -108,14 +90,38 @@ def requires(services: Access, role: Role) -> Callable[..., Awaitable[Principal]
     async def principal(
         request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
     ) -> Principal:
-        if bearer is None:
+        s = services()
+        token = bearer.credentials if bearer else None
+        if token is None and not _names_bearer(request):  # a bearer goes before a cookie, even one that is no good
+            token = cookies.checked_token(request, s.settings.gateway.origins)
+        if token is None:
             raise Unauthenticated(reason="The request has no bearer token")
-        found = await authenticate(services(), bearer.credentials)
+        found = await authenticate(s, token)
+        request.scope[PRINCIPAL] = found
         if not found.may(role):
             raise Forbidden(action=f"{request.method} {request.url.path}", needed=role, role=found.role)
         return found
 
     return principal
+
+
+def _names_bearer(request: Request) -> bool:
+    return request.headers.get("authorization", "").strip().lower().startswith("bearer")
+
+
+async def log_in(services: Services, credentials: Credentials, request: Request) -> accounts.Chain:
+    """Begin a session of whoever has this name and password.
+
+    Raises
+    ------
+    Unauthenticated, TooManyRequests
+    """
+    limit: LoginLimit = services.state.setdefault("login_limit", LoginLimit(services.settings.auth.logins_per_minute))
+    async with limit.attempt(credentials.username, request.client.host if request.client else ""):
+        account = await accounts.check_password(services.store, credentials.username, credentials.password)
+        chain = await accounts.begin_chain(services.store, account, services.settings.auth.refresh_seconds)
+    standings(services).forget()  # a new account is known at once
+    return chain
 
 
 class LoginLimit:
@@ -177,11 +183,6 @@ def auth_routes(services: Access) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["accounts"])
     anybody = Depends(requires(services, "viewer"))
 
-    def limit() -> LoginLimit:
-        s = services()
-        found: LoginLimit = s.state.setdefault("login_limit", LoginLimit(s.settings.auth.logins_per_minute))
-        return found
-
     def answer(s: Services, chain: accounts.Chain, response: Response) -> Tokens:
         account: Account = chain.account
         token, _ = s.tokens.sign(account.id, account.name, account.role, account.token_epoch)  # type: ignore[arg-type]
@@ -196,12 +197,8 @@ def auth_routes(services: Access) -> APIRouter:
         responses=documented(401, 413, 422, 429, 503),
     )
     async def login(credentials: Credentials, request: Request, response: Response) -> Tokens:
-        s, address = services(), request.client.host if request.client else ""
-        async with limit().attempt(credentials.username, address):
-            account = await accounts.check_password(s.store, credentials.username, credentials.password)
-            chain = await accounts.begin_chain(s.store, account, s.settings.auth.refresh_seconds)
-        _standings(s).forget()  # a new account is known at once
-        return answer(s, chain, response)
+        s = services()
+        return answer(s, await log_in(s, credentials, request), response)
 
     @router.post(
         "/auth/refresh",
@@ -212,7 +209,7 @@ def auth_routes(services: Access) -> APIRouter:
     async def refresh(body: RefreshRequest, response: Response) -> Tokens:
         s = services()
         chain = await accounts.next_link(s.store, body.refresh_token, s.settings.auth.refresh_seconds)
-        _standings(s).forget()
+        standings(s).forget()
         return answer(s, chain, response)
 
     @router.post(
@@ -225,7 +222,7 @@ def auth_routes(services: Access) -> APIRouter:
     async def logout(*, principal: Principal = anybody) -> None:
         s = services()
         await accounts.log_out(s.store, principal.account_id, principal.jti, principal.expires_at)
-        _standings(s).forget()
+        standings(s).forget()
 
     @router.get("/auth/me", summary="Who am I?", operation_id="me", responses=documented(401, 503))
     async def me(*, principal: Principal = anybody) -> Identity:

@@ -26,7 +26,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from deployments.gateway.flow import EXTENSION, READ, STEP, TAKEN, WINDOW
 from deployments.gateway.problems import problem
+from deployments.gateway.rpc import door as rpc
+from scangraph import logs
 from scangraph.handles import new_execution_id
+from scangraph.settings import load_settings
+from scangraph.tracing import trace_id_of
 
 log = logging.getLogger("scangraph")
 
@@ -68,11 +72,17 @@ _LOST = (
 
 
 def middlewares() -> list[Middleware]:
-    """Return what Serve wraps its proxy in, and make its server patient only for so long."""
+    """Return what Serve wraps its proxy in, and make its server patient only for so long; and prepare gRPC's server.
+
+    A proxy gets no settings from anybody: it reads what it needs (`SCANGRAPH_HOST`, `SCANGRAPH_GRPC__…`) from the environment.
+    """
     # Serve builds uvicorn's configuration itself and leaves the protocol to "auto"; uvicorn has no limit on a head's time (its
     # authors leave that to a server in front), and a middleware sees a request only when the head is complete. This table is
     # where "auto" gets its meaning, and it is read after this call.
+    logs.configure("proxy")
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HeadDeadline.__name__}"
+    # The gRPC proxy is in the same process and begins to listen after this call.
+    rpc.prepare(load_settings())
     return [Middleware(Door)]
 
 
@@ -172,12 +182,14 @@ class _Passage:
         self._started = True
         headers = dict(self._withheld["headers"]) if self._withheld else {}
         headers |= {name: value for name, value in self._scope["headers"] if name == _REQUEST_ID}
-        trace_id = headers.get(_REQUEST_ID, b"").decode("ascii") or new_execution_id()
+        sent = next((value.decode("latin-1") for name, value in self._scope["headers"] if name == b"traceparent"), None)
+        request_id = headers.get(_REQUEST_ID, b"").decode("ascii")
+        trace_id = trace_id_of(sent) or request_id or new_execution_id()
         code, title, detail = said
         path = self._scope["path"]
         detail = detail.format(path=path, trace_id=trace_id)
         response = problem(status, code, title, detail, instance=path, trace_id=trace_id)
-        response.headers["X-Request-ID"] = trace_id
+        response.headers["X-Request-ID"] = request_id or trace_id
         if b"retry-after" in headers:
             response.headers["Retry-After"] = headers[b"retry-after"].decode("ascii")
         await response(self._scope, self._receive, self._send)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import json
 import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from deployments.gateway.auth import Principal, requires
-from deployments.gateway.files import Form, discard, keep, receive_form
+from deployments.gateway.archive import zipped
+from deployments.gateway.auth import requires
+from deployments.gateway.files import INERT, Form, receive_form
 from deployments.gateway.live import hub
 from deployments.gateway.problems import documented
 from deployments.gateway.services import Access, Services
@@ -25,17 +26,15 @@ from scangraph.contracts.api import (
     ExecutionAccepted,
     ExecutionPage,
     ExecutionView,
-    InputFile,
     NewExecution,
     Priority,
     Status,
 )
-from scangraph.contracts.errors import AlreadyEnded, Forbidden, InvalidInputs, NoSuch, NotEnded, ScanGraphError
-from scangraph.contracts.pipelines import PipelineInput, PipelineSpec, assign_parameters
+from scangraph.contracts.errors import Forbidden, InvalidInputs, NoSuch, NotEnded
+from scangraph.contracts.pipelines import PipelineSpec
+from scangraph.intake import Principal, fingerprint, keep, limits, look, own, runnable, safe_name, submit, take_back
 from scangraph.store import cursors, executions, pipelines
-from scangraph.store import files as file_records
-from scangraph.store.executions import QueueLimits, Record
-from scangraph.store.pipelines import Stored
+from scangraph.store.removing import remove_execution
 from scangraph.store.tables import File
 from scangraph.store.views import accepted, list_view, provenance, to_view
 
@@ -50,8 +49,7 @@ Prefer = Annotated[
     Header(max_length=200, description="`wait=30`: answer when it has ended, or after 30 s; `respond-async`: at once"),
 ]
 _FORM = "multipart/form-data"
-#: What the executor and the gateway keep for themselves in the storage.
-_OURS, _OWNED = ("steps/", "uploads/"), ("files/", "results/")
+_BINARY = {"type": "string", "format": "binary"}
 _LONGEST_WAIT = 300
 _RETRY_AFTER = "2"
 
@@ -68,179 +66,6 @@ def preferences(header: str | None) -> Asked:
     parts = [part.strip().lower() for part in (header or "").split(",")]
     waits = [found.group(1) for part in parts if (found := re.fullmatch(r'wait\s*=\s*"?(\d{1,6})"?', part))]
     return Asked("respond-async" in parts, min(float(waits[0]), _LONGEST_WAIT) if waits else None)
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------------
-
-
-async def resolve_inputs(
-    services: Services, principal: Principal, spec: PipelineSpec, given: Mapping[str, Any]
-) -> tuple[dict[str, Any], int | None]:
-    """Find the files that are named for a pipeline's inputs.
-
-    Returns
-    -------
-    inputs : dict
-        As `NewExecution.inputs` of the records.
-    input_bytes : int or None
-        Of the decoded images, where all are known.
-
-    Raises
-    ------
-    InvalidInputs
-        Points at each input that does not fit.
-    NoSuch, PathRefused, FileMissing
-    """
-    faults: list[dict[str, str]] = []
-    found: dict[str, Any] = {}
-    known = ", ".join(spec.inputs)
-    strangers = given.keys() - spec.inputs.keys()
-    faults += [_fault(name, f"the pipeline has no input {name!r}; it has {known}") for name in strangers]
-    for name, wanted in spec.inputs.items():
-        value = given.get(name)
-        if value is None:
-            if not wanted.optional:
-                faults.append(_fault(name, f"input {name!r} ({wanted.kind}) is missing"))
-            continue
-        listed = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and not wanted.many:
-            faults.append(_fault(name, f"input {name!r} takes one file"))
-            continue
-        if not listed:
-            faults.append(_fault(name, f"input {name!r} needs at least one file"))
-            continue
-        entries = [await _resolve(services, principal, name, wanted, one, faults) for one in listed]
-        found[name] = entries if wanted.many else entries[0]
-    if faults:
-        raise InvalidInputs(detail="; ".join(fault["detail"] for fault in faults), errors=faults)
-    sizes = [entry.get("decoded_bytes") for entry in executions.input_entries(found)]
-    return found, sum(s for s in sizes if s) if all(sizes) else None
-
-
-def _fault(name: str, detail: str) -> dict[str, str]:
-    return {"pointer": f"/inputs/{name}", "detail": detail}
-
-
-async def _resolve(
-    services: Services, principal: Principal, name: str, wanted: PipelineInput, given: Any, faults: list[dict[str, str]]
-) -> dict[str, Any]:
-    if isinstance(given, str):
-        given = InputFile(file_id=given) if _is_uuid(given) else InputFile(path=given)
-    if (given.file_id is None) == (given.path is None):
-        faults.append(_fault(name, f"input {name!r}: give either `file_id` or `path`"))
-        return {}
-    row = await (_by_id(services, principal, given.file_id) if given.file_id else _by_path(services, principal, given.path))
-    if row is None:
-        path = services.storage.name_of(given.path)
-        await services.storage.head(path)
-        return {"file_id": None, "path": path, "label_scheme": given.label_scheme}
-    readable = (row.header or {}).get("readable_as")
-    if wanted.kind in {"image", "mask"} and (row.kind != "nifti" or (readable is not None and wanted.kind not in readable)):
-        what = row.kind if row.kind != "nifti" else f"readable as {' or '.join(readable or [])}"
-        faults.append(_fault(name, f"input {name!r} takes a {wanted.kind}; {row.filename!r} is {what}"))
-    return {
-        "file_id": row.id,
-        "path": row.storage_name,
-        "label_scheme": given.label_scheme,
-        "sha256": row.sha256,
-        "decoded_bytes": (row.header or {}).get("decoded_bytes"),
-    }
-
-
-def _is_uuid(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text.lower()
-    except ValueError:
-        return False
-
-
-async def _by_id(services: Services, principal: Principal, file_id: str) -> File:
-    row = await file_records.get_file(services.store, file_id)
-    if not principal.sees(row.owner_id):
-        raise NoSuch(kind="file", id=file_id)
-    return row
-
-
-async def _by_path(services: Services, principal: Principal, path: str) -> File | None:
-    """Return the record of a path, None for what a backend put there itself. Somebody else's is not there."""
-    name = services.storage.name_of(path)
-    row = await file_records.by_storage_name(services.store, name)
-    if row is not None and principal.sees(row.owner_id):
-        return row
-    if row is not None or name.startswith(_OURS) or (name.startswith(_OWNED) and principal.role != "admin"):
-        raise NoSuch(kind="file", id=path)
-    return None
-
-
-# --- accepting -------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(*parts: Any) -> str:
-    """Hash a request: the same words in another order are the same request."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-async def submit(
-    services: Services,
-    principal: Principal,
-    stored: Stored,
-    inputs: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-    priority: Priority = "normal",
-    key: tuple[str, str] | None = None,
-) -> tuple[str, bool]:
-    """Check and accept an execution of a pipeline; returns its id, and whether the key had made it before."""
-    versions = {step.component: services.components[step.component].version for step in _runnable(services, stored)}
-    found, size = await resolve_inputs(services, principal, stored.spec, inputs)
-    full, faults = assign_parameters(stored.spec, services.components, parameters)
-    if faults:
-        raise InvalidInputs(detail="; ".join(fault["detail"] for fault in faults), errors=faults)
-    new = executions.NewExecution(
-        principal.account_id, stored.id, stored.revision, stored.spec, found, full, versions, priority, size
-    )
-    execution_id, replayed = await executions.accept(services.store, new, _limits(services), key)
-    await services.wake()
-    return execution_id, replayed
-
-
-def _runnable(services: Services, stored: Stored) -> Sequence[Any]:
-    missing = sorted({step.component for step in stored.spec.steps} - services.components.keys())
-    if missing:
-        raise InvalidInputs(detail=f"pipeline {stored.name!r} needs {', '.join(missing)}, which this service does not have")
-    return stored.spec.steps
-
-
-def _limits(services: Services) -> QueueLimits:
-    s = services.settings.executor
-    return QueueLimits(s.max_pending, s.max_pending_per_account, s.ageing_seconds)
-
-
-async def look(services: Services, execution_id: str) -> Record:
-    """Load an execution as of now."""
-    return await executions.load(services.store, execution_id, services.settings.executor.max_running)
-
-
-async def own(services: Services, principal: Principal, execution_id: str) -> None:
-    """Raise `NoSuch` unless it is there and this one's to see."""
-    if not principal.sees(await executions.owner_of(services.store, execution_id)):
-        raise NoSuch(kind="execution", id=execution_id)
-
-
-def failure(record: Record) -> ScanGraphError:
-    """Return what a failed or cancelled execution ended with, as the error that it was."""
-    row = record.execution
-    if row.state == "cancelled":
-        return AlreadyEnded(execution_id=row.id, state="cancelled", hint="start a new one to run it again")
-    error = row.error or {}
-    return Failed(error.get("code", "stage-failed"), error.get("status", 500), error.get("title", "It failed"), error)
-
-
-class Failed(ScanGraphError):
-    """An execution's recorded error, told again."""
-
-    def __init__(self, code: str, status: int, title: str, recorded: Mapping[str, Any]) -> None:
-        super().__init__(detail=recorded.get("detail", ""), errors=recorded.get("errors"))
-        self.code, self.status, self.title = code, status, title  # type: ignore[misc]
 
 
 # --- routes ----------------------------------------------------------------------------------------------------------------
@@ -419,6 +244,54 @@ def execution_routes(services: Access) -> APIRouter:
             response.headers["Retry-After"] = _RETRY_AFTER
         return to_view(record)
 
+    @router.delete(
+        "/{execution_id}",
+        status_code=204,
+        summary="Delete an execution that has ended, with its results",
+        description="Its inputs stay. What its steps found is kept for later runs until it is the least recently used.",
+        operation_id="delete_execution",
+        responses=documented(401, 403, 404, 409, 422, 503),
+    )
+    async def remove(*, execution_id: str, principal: Principal = operator) -> None:
+        s = services()
+        await own(s, principal, execution_id)
+        await remove_execution(s.store, s.storage, execution_id)
+
+    @router.get(
+        "/{execution_id}/files.zip",
+        summary="Its results in one .zip, with a list that says units and frames",
+        operation_id="execution_files",
+        response_class=Response,
+        responses={
+            200: {"description": "the archive", "content": {"application/zip": {"schema": _BINARY}}},
+            **documented(401, 404, 422, 503),
+        },
+    )
+    async def archive(
+        *,
+        execution_id: str,
+        outputs: Annotated[str | None, Query(max_length=1000, description="names of outputs, with commas; unset: all")] = None,
+        principal: Principal = viewer,
+    ) -> Response:
+        s = services()
+        await own(s, principal, execution_id)
+        record = await look(s, execution_id)
+        files, wanted = list(record.files), None
+        if outputs is not None:
+            wanted = [name.strip() for name in outputs.split(",")]
+            known = list(dict.fromkeys(str(file.output) for file in files))
+            if strangers := sorted(set(wanted) - set(known)):
+                detail = f"there is no output {', '.join(map(repr, strangers))}; there are: {', '.join(known) or 'none yet'}"
+                raise InvalidInputs(detail=detail, errors=[{"pointer": "/outputs", "detail": detail}])
+            files = [file for file in files if file.output in wanted]
+        if not files:
+            raise NoSuch(kind="result of execution", id=execution_id)
+        await asyncio.gather(*(s.storage.head(file.storage_name) for file in files))  # later it is too late for an error
+        row = record.execution
+        about = f"{row.pipeline} (revision {row.revision}), execution {row.id}"
+        headers = {"Content-Disposition": f'attachment; filename="{safe_name(row.pipeline)}-{row.id[:8]}.zip"', **INERT}
+        return StreamingResponse(zipped(s.storage, files, about), 200, headers, "application/zip")
+
     @router.post(
         "/{execution_id}/cancel",
         status_code=202,
@@ -459,7 +332,7 @@ def execution_routes(services: Access) -> APIRouter:
         if old.state not in {"failed", "cancelled"}:
             raise NotEnded(execution_id=execution_id, state=old.state)
         stored = await pipelines.find_revision(s.store, old.pipeline_id, old.revision)
-        versions = {step.component: s.components[step.component].version for step in _runnable(s, stored)}
+        versions = {step.component: s.components[step.component].version for step in runnable(s, stored)}
         new = executions.NewExecution(
             old.owner_id,
             old.pipeline_id,
@@ -473,7 +346,7 @@ def execution_routes(services: Access) -> APIRouter:
             execution_id,
         )
         key = (idempotency_key, fingerprint("retry", execution_id)) if idempotency_key else None
-        fresh, replayed = await executions.accept(s.store, new, _limits(s), key)
+        fresh, replayed = await executions.accept(s.store, new, limits(s), key)
         await s.wake()
         return await answer(s, fresh, response, prefer, replayed)
 
@@ -506,8 +379,5 @@ def _zoned(moment: datetime | None) -> datetime | None:
 
 async def _take_back(s: Services, form: Form | None, rows: Sequence[File]) -> None:
     """Delete what a form brought that no execution takes."""
-    if form is None:
-        return
-    for row in rows:
-        await file_records.delete_file(s.store, row.id)
-    await discard(s, [file for _, file in form.files])
+    if form is not None:
+        await take_back(s, [file for _, file in form.files], rows)

@@ -7,12 +7,8 @@ import base64
 import contextlib
 import hashlib
 import re
-import unicodedata
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import quote, urlencode
 
@@ -24,29 +20,27 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
 from deployments.gateway import problems
-from deployments.gateway.auth import Principal, requires
+from deployments.gateway.auth import requires
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.api import FileMetadata, FilePage, FileView
 from scangraph.contracts.errors import (
     DigestMismatch,
-    EmptyFile,
     FileMissing,
     InvalidInputs,
-    NoSuch,
-    ScanGraphError,
     UnsatisfiableRange,
     UploadIncomplete,
     UploadTooLarge,
 )
-from scangraph.store import cursors, now
+from scangraph.intake import Principal, discard, inspected, keep, new_file, own_file, safe_name
+from scangraph.store import cursors
 from scangraph.store import files as records
-from scangraph.store.database import whole
-from scangraph.store.files import FILES, NewFile
+from scangraph.store.derived import drop_derived
+from scangraph.store.files import NewFile
 from scangraph.store.tables import File
 from scangraph.store.views import download_url, file_metadata, file_view
 
 #: What a browser must not do with somebody's upload.
-_INERT = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
+INERT = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'"}
 #: A part's headers.
 _HEADERS, _HEADER_BYTES = 16, 4096
 _PARTS = 256
@@ -100,74 +94,6 @@ async def receive_form(
         await asyncio.shield(discard(services, [file for _, file in form.files]))
         raise
     return form
-
-
-async def inspected(services: Services, file: NewFile) -> NewFile:
-    """Let the gate look into a stored file, and note what it found."""
-    if file.size == 0:
-        raise EmptyFile(name=file.filename, reason="it has no bytes")
-    found = await services.gate.inspect(file.storage_name)
-    values = {**file.__dict__, "kind": found["kind"], "media_type": found["media_type"], "header": dict(found["header"])}
-    return NewFile(**values)
-
-
-@whole
-async def keep(services: Services, files: Iterable[NewFile]) -> list[File]:
-    """Give files their rows, all or none; without rows their bytes are deleted. Once begun it goes on without its caller."""
-    files = list(files)
-    try:
-        return await records.add_files(services.store, files)
-    except BaseException:
-        await discard_unnamed(services, [file.storage_name for file in files])
-        raise
-
-
-async def discard(services: Services, files: Iterable[NewFile]) -> None:
-    """Delete the bytes of files that get no row. What cannot be deleted now is an orphan, and swept."""
-    for file in files:
-        with contextlib.suppress(ScanGraphError):
-            await services.storage.delete(file.storage_name)
-
-
-async def discard_unnamed(services: Services, names: list[str]) -> None:
-    """Delete stored bytes unless they have a row.
-
-    Race: the connection to the database broke in a commit. Then only the database knows whether the rows are there.
-    """
-    with contextlib.suppress(ScanGraphError):  # about an earlier error; what stays is swept
-        for name in await records.unnamed(services.store, names) if names else ():
-            await services.storage.delete(name)
-
-
-def new_file(services: Services, principal: Principal, filename: str) -> NewFile:
-    """Give a file that is about to come its id and its place."""
-    file_id = str(uuid.uuid4())
-    days = services.settings.files.retention_days
-    return NewFile(
-        id=file_id,
-        owner_id=principal.account_id,
-        filename=shown_name(filename),
-        storage_name=f"{FILES}{file_id}/{safe_name(filename)}",
-        kind="",
-        media_type="",
-        size=0,
-        sha256="",
-        expires_at=now() + timedelta(days=days) if days else None,
-    )
-
-
-def shown_name(name: str) -> str:
-    """Return a client's file name for people: without folders and control characters."""
-    last = re.split(r"[/\\]", unicodedata.normalize("NFC", name))[-1]
-    return "".join(c for c in last if unicodedata.category(c) not in {"Cc", "Cs", "Cf", "Zl", "Zp"}).strip()[:200] or "file"
-
-
-def safe_name(name: str) -> str:
-    """Return a name for the storage that keeps a client's, as far as every file system and shell takes it."""
-    plain = unicodedata.normalize("NFKD", shown_name(name)).encode("ascii", "ignore").decode()
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", plain).lstrip("._-") or "file"
-    end = "".join(PurePosixPath(plain).suffixes[-2:])[-20:]
-    return plain if len(plain) <= 100 else plain[: 100 - len(end)] + end
 
 
 class _FormReader:
@@ -327,19 +253,6 @@ def _sha256_in(header: str | None) -> bytes | None:
 # --- sending ---------------------------------------------------------------------------------------------------------------
 
 
-async def own_file(services: Services, principal: Principal, file_id: str) -> File:
-    """Return a file that this account may see. One that it may not see is answered like one that is not there.
-
-    Raises
-    ------
-    NoSuch
-    """
-    file = await records.get_file(services.store, file_id)
-    if not principal.sees(file.owner_id):
-        raise NoSuch(kind="file", id=file_id)
-    return file
-
-
 def _content_headers(file: File) -> dict[str, str]:
     plain = safe_name(file.filename)
     digest = base64.b64encode(bytes.fromhex(file.sha256)).decode()
@@ -351,12 +264,12 @@ def _content_headers(file: File) -> dict[str, str]:
         "Repr-Digest": f"sha-256=:{digest}:",
         "Last-Modified": file.created_at.strftime("%a, %d %b %Y %H:%M:%S GMT"),
         "Cache-Control": "private, no-cache",
-        **_INERT,
+        **INERT,
     }
 
 
-def _asked_range(request: Request, file: File) -> tuple[int, int] | None:
-    """Return (first byte, byte behind the last) that the request asks for, or None for the whole file (RFC 9110, 14.2).
+def asked_range(request: Request, size: int, tag: str) -> tuple[int, int] | None:
+    """Return (first byte, byte behind the last) that the request asks for, or None for the whole of it (RFC 9110, 14.2).
 
     Raises
     ------
@@ -365,39 +278,56 @@ def _asked_range(request: Request, file: File) -> tuple[int, int] | None:
     asked = re.fullmatch(r"bytes=\s*(\d{0,18})-(\d{0,18})\s*", request.headers.get("range", ""))
     condition = request.headers.get("if-range")
     # A date is no strong validator here: only the ETag makes a part fit to the parts that the client has.
-    if asked is None or asked[0].strip() == "bytes=-" or (condition is not None and condition != f'"{file.sha256}"'):
+    if asked is None or asked[0].strip() == "bytes=-" or (condition is not None and condition != tag):
         return None
     first, last = asked[1], asked[2]
     if not first:
-        start, end = max(file.size - int(last), 0), file.size
+        start, end = max(size - int(last), 0), size
     else:
-        start, end = int(first), min(int(last) + 1, file.size) if last else file.size
+        start, end = int(first), min(int(last) + 1, size) if last else size
         if last and int(last) < start:
             return None  # not a range at all
     if start >= end:
-        raise UnsatisfiableRange(size=file.size)
+        raise UnsatisfiableRange(size=size)
     return start, end
 
 
-def _is_known(request: Request, file: File) -> bool:
+def is_known(request: Request, tag: str) -> bool:
+    """Whether the client has it already (If-None-Match)."""
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-    return f'"{file.sha256}"' in known or known == ["*"]
+    return tag in known or known == ["*"]
+
+
+def unsatisfiable(error: UnsatisfiableRange, request: Request) -> Response:
+    """Answer a range that is not there."""
+    response = problems.from_error(error, request)
+    response.headers["Content-Range"] = f"bytes */{error.fields['size']}"
+    return response
+
+
+async def _sent_on(services: Services, file: File, request: Request) -> Response | None:
+    """Return the way to S3, where it is wished. If-Range names our ETag, which S3 does not know: that is answered from here."""
+    seconds = services.settings.files.link_seconds
+    if seconds is None or request.method != "GET" or "if-range" in request.headers:
+        return None
+    link = await services.storage.link(file.storage_name, seconds, file.filename, file.media_type)
+    return None if link is None else Response(status_code=307, headers={"Location": link, "Cache-Control": "no-store", **INERT})
 
 
 async def _content(services: Services, file: File, request: Request) -> Response:
     headers = _content_headers(file)
-    if _is_known(request, file):
+    if is_known(request, headers["ETag"]):
         return Response(status_code=304, headers={name: headers[name] for name in ("ETag", "Cache-Control")})
     try:
-        asked = _asked_range(request, file) if request.method == "GET" else None
+        asked = asked_range(request, file.size, headers["ETag"]) if request.method == "GET" else None
     except UnsatisfiableRange as error:
-        response = problems.from_error(error, request)
-        response.headers["Content-Range"] = f"bytes */{file.size}"
-        return response
+        return unsatisfiable(error, request)
     try:
         await services.storage.head(file.storage_name)
     except FileMissing as error:
         raise FileMissing(path=f"{file.storage_name} (the record is here, the bytes are gone)") from error
+    if (sent_on := await _sent_on(services, file, request)) is not None:
+        return sent_on
     start, end = asked or (0, file.size)
     headers["Content-Length"] = str(end - start)
     if asked:
@@ -468,7 +398,11 @@ def file_routes(services: Access) -> APIRouter:
         return FilePage(items=[file_view(row) for row in rows[:limit]], next_cursor=following)
 
     async def content(file_id: str, request: Request, principal: Principal = viewer) -> Response:
-        """The bytes, whole or one range of them (`Range`, `If-Range`). `Repr-Digest` is the SHA-256 of the whole file."""
+        """The bytes, whole or one range of them (`Range`, `If-Range`). `Repr-Digest` is the SHA-256 of the whole file.
+
+        A service that keeps its files in S3 may answer 307 with a link to them there, good for a while: follow it without
+        the token.
+        """
         return await _content(services(), await own_file(services(), principal, file_id), request)
 
     async def metadata(file_id: str, principal: Principal = viewer) -> FileMetadata:
@@ -479,6 +413,7 @@ def file_routes(services: Access) -> APIRouter:
         await own_file(services(), principal, file_id)
         file = await records.delete_file(services().store, file_id)
         await services().storage.delete(file.storage_name)
+        await drop_derived(services().store, services().storage, [file.sha256])
         return Response(status_code=204)
 
     router.add_api_route(
@@ -497,6 +432,7 @@ def file_routes(services: Access) -> APIRouter:
         200: {"description": "the whole file", **_BINARY},
         206: {"description": "the part that was asked for", **_BINARY},
         304: {"description": "you have it"},
+        307: {"description": "it is at `Location`, for a while", "headers": {"Location": {"schema": {"type": "string"}}}},
     }
     for method in ("GET", "HEAD"):
         router.add_api_route(

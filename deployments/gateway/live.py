@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -15,13 +15,16 @@ from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.websockets import WebSocketDisconnect, WebSocketState
 
-from deployments.gateway.auth import Principal, authenticate, still_good
+from deployments.gateway import cookies
+from deployments.gateway.auditing import note_execution
+from deployments.gateway.auth import authenticate, still_good
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.api import TERMINAL
 from scangraph.contracts.errors import STATUS_NAMES, NoSuch, ScanGraphError, StoreUnavailable, Unauthenticated
+from scangraph.intake import Principal, told
 from scangraph.store import executions
 from scangraph.store.tables import Event
-from scangraph.store.views import output_view, to_view
+from scangraph.store.views import to_view
 
 _AUTH_SECONDS = 5.0
 _SEND_SECONDS = 20.0
@@ -52,13 +55,16 @@ class Hub:
         self._services = services
         self._listeners: dict[str, set[asyncio.Event]] = {}
         self._seen: dict[str, int] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: tuple[asyncio.Task[None], ...] = ()
+        self._stirred = asyncio.Event()
 
     def listen(self, execution_id: str, bell: asyncio.Event) -> None:
         """Ring a bell at every event of an execution."""
         self._listeners.setdefault(execution_id, set()).add(bell)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._look(), name="hub")
+        if not self._tasks or self._tasks[0].done():
+            for task in self._tasks:
+                task.cancel()
+            self._tasks = (asyncio.create_task(self._look(), name="hub"), asyncio.create_task(self._follow(), name="news"))
 
     def leave(self, execution_id: str, bell: asyncio.Event) -> None:
         """Ring it no more."""
@@ -77,7 +83,46 @@ class Hub:
                             self._seen[execution_id] = seq
                             for bell in self._listeners[execution_id]:
                                 bell.set()
-            await asyncio.sleep(self._services.settings.gateway.poll_seconds)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._services.settings.gateway.poll_seconds):
+                    await self._stirred.wait()
+            self._stirred.clear()
+
+    async def _follow(self) -> None:
+        """Have the executor say when there is news; what it does not say, the next look finds."""
+        seen = -1
+        while self._listeners and self._services.news is not None:
+            try:
+                seen = await self._services.news(seen)
+            except ScanGraphError:  # it is starting anew
+                await asyncio.sleep(self._services.settings.gateway.poll_seconds)
+            else:
+                self._stirred.set()
+
+    async def events(self, execution_id: str, seq: int) -> AsyncIterator[Event]:
+        """Yield the events of an execution after a number, up to the one that ends it, which must not be that one."""
+        bell = asyncio.Event()
+        bell.set()
+        self.listen(execution_id, bell)
+        try:
+            while True:
+                await bell.wait()
+                bell.clear()
+                try:
+                    events = await executions.events_since(self._services.store, {execution_id: seq})
+                except StoreUnavailable:
+                    await asyncio.sleep(1)
+                    bell.set()
+                    continue
+                for event in events:
+                    seq = event.seq
+                    yield event
+                    if event.body["status"] in TERMINAL:
+                        return
+                if events:
+                    bell.set()  # there may be more than one look brings
+        finally:
+            self.leave(execution_id, bell)
 
     async def wait_ended(self, execution_id: str, seconds: float) -> bool:
         """Wait for an execution's end; False when it takes longer."""
@@ -111,10 +156,10 @@ class _Message(BaseModel):
 
 
 class Auth(_Message):
-    """Who I am; again, before the token expires."""
+    """Who I am; again, before the token expires. Without a token: whoever the handshake's cookie says."""
 
     type: Literal["auth"]
-    token: str = Field(max_length=8192)
+    token: str | None = Field(None, max_length=8192)
 
 
 class Watch(_Message):
@@ -199,7 +244,10 @@ class Conversation:
             return
         match wish:
             case Auth():
-                await self._become(await authenticate(self._services, wish.token))
+                token = wish.token
+                if token is None:
+                    token = cookies.socket_token(self._socket, self._services.settings.gateway.origins)
+                await self._become(await authenticate(self._services, token))
             case Ping():
                 await self._send({"type": "pong", "at": datetime.now(UTC).isoformat()})
             case _ if self._principal is None:
@@ -231,6 +279,11 @@ class Conversation:
             record = await executions.load(self._services.store, execution_id, self._services.settings.executor.max_running)
             if not principal.sees(record.execution.owner_id):
                 raise NoSuch(kind="execution", id=execution_id)
+            await note_execution(self._services, principal, "ws", "watch", execution_id, "OK")
+        except NoSuch as error:
+            await note_execution(self._services, principal, "ws", "watch", execution_id, "NOT_FOUND")
+            await self._problem(error.code, error.status, error.detail, execution_id)
+            return
         except ScanGraphError as error:
             await self._problem(error.code, error.status, error.detail, execution_id)
             return
@@ -262,25 +315,12 @@ class Conversation:
         for event in events:
             if event.seq <= self._watches.get(event.execution_id, event.seq):
                 continue
-            message = await self._told(event)
+            message = await told(self._services, event)
             if event.execution_id in self._watches:  # else unwatched meanwhile
                 self._watches[event.execution_id] = event.seq
                 await self._send(message)
         if events:
             self._bell.set()  # there may be more than one look brings
-
-    async def _told(self, event: Event) -> dict[str, Any]:
-        message = {
-            "type": event.kind,
-            "execution_id": event.execution_id,
-            "seq": event.seq,
-            "at": event.created_at.isoformat(),
-            **event.body,
-        }
-        if event.body["status"] == "completed":
-            record = await executions.load(self._services.store, event.execution_id)
-            message["output_files"] = [output_view(file).model_dump(mode="json") for file in record.files]
-        return message
 
     async def _expire(self) -> None:
         """End the conversation with the token's life, and look every now and then whether it was revoked."""

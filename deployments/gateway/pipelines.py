@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Response
 
-from deployments.gateway.auth import Principal, requires
+from deployments.gateway.auth import requires
 from deployments.gateway.problems import documented
 from deployments.gateway.services import Access
 from scangraph.contracts.api import PipelinePage, PipelineView, Validation
 from scangraph.contracts.errors import Forbidden, InvalidPipeline, PreconditionRequired
 from scangraph.contracts.pipelines import PipelineSpec, check_pipeline
-from scangraph.store import cursors, pipelines
+from scangraph.intake import Principal
+from scangraph.store import cursors, executions, pipelines
 from scangraph.store.pipelines import Stored
 from scangraph.store.views import pipeline_view
 
@@ -32,9 +33,9 @@ def pipeline_routes(services: Access) -> APIRouter:
             raise InvalidPipeline(detail="; ".join(fault["detail"] for fault in faults), errors=faults)
         return spec
 
-    def answer(stored: Stored, response: Response) -> PipelineView:
+    def answer(stored: Stored, response: Response, seconds: float | None = None) -> PipelineView:
         response.headers["ETag"] = stored.etag
-        return pipeline_view(stored)
+        return pipeline_view(stored, seconds)
 
     async def own(principal: Principal, pipeline_id: str) -> Stored:
         found = await pipelines.find_pipeline(services().store, pipeline_id)
@@ -56,7 +57,8 @@ def pipeline_routes(services: Access) -> APIRouter:
     ) -> PipelinePage:
         before = cursors.decode(cursor) if cursor else None
         rows = await pipelines.list_pipelines(services().store, before=before, limit=limit + 1)
-        page = PipelinePage(items=[pipeline_view(row) for row in rows[:limit]])
+        known = await executions.expected_seconds(services().store, [(row.id, row.revision) for row in rows[:limit]])
+        page = PipelinePage(items=[pipeline_view(row, known.get(row.id)) for row in rows[:limit]])
         if len(rows) > limit:
             page.next_cursor = cursors.encode(rows[limit - 1].created_at, rows[limit - 1].id)
             response.headers["Link"] = f'</v1/pipelines?limit={limit}&cursor={page.next_cursor}>; rel="next"'
@@ -111,7 +113,8 @@ def pipeline_routes(services: Access) -> APIRouter:
         # A proxy that compresses makes weak tags of ours; for reading they are as good (RFC 9110, 13.1.2).
         if known is not None and {tag.strip().removeprefix("W/") for tag in known.split(",")} & {stored.etag, "*"}:
             return Response(status_code=304, headers={"ETag": stored.etag})
-        return answer(stored, response)
+        seconds = await executions.expected_seconds(services().store, [(stored.id, stored.revision)])
+        return answer(stored, response, seconds.get(stored.id))
 
     @router.put(
         "/{pipeline_id}",

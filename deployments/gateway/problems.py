@@ -15,6 +15,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.gateway.entrance import TRACE
 from deployments.gateway.flow import Flow
 from scangraph.contracts.errors import ScanGraphError
 from scangraph.handles import new_execution_id, own_error
@@ -53,6 +54,7 @@ def problem(
     trace_id: str,
     errors: list[Any] | None = None,
     retry_after: int | None = None,
+    execution_id: str | None = None,
 ) -> Response:
     """Build the answer."""
     body: dict[str, Any] = {
@@ -63,6 +65,8 @@ def problem(
         "instance": instance,
     }
     body["trace_id"] = trace_id
+    if execution_id:
+        body["execution_id"] = execution_id
     if errors:
         body["errors"] = errors
     headers = {"Retry-After": str(retry_after or RETRY_AFTER_SECONDS)} if status in {429, 503} else {}
@@ -73,17 +77,22 @@ def problem(
 
 def from_error(error: ScanGraphError, request: Request) -> Response:
     """Turn one of our errors into a problem; fields are in its sentence, so only structured ones go along."""
-    trace_id = str(getattr(request.state, "execution_id", "") or new_execution_id())
     return problem(
         error.status,
         error.code,
         error.title,
         error.detail,
         instance=request.url.path,
-        trace_id=trace_id,
+        trace_id=_trace_id(request),
         errors=error.fields.get("errors"),
         retry_after=error.fields.get("retry_after_seconds"),
+        execution_id=getattr(request.state, "execution_id", None),
     )
+
+
+def _trace_id(request: Request) -> str:
+    """Return the request's trace, which its log lines and spans name, too."""
+    return str(request.scope.get(TRACE) or new_execution_id())
 
 
 def install(app: FastAPI, max_body_bytes: int, stall_seconds: float = 20) -> None:
@@ -103,7 +112,7 @@ def install(app: FastAPI, max_body_bytes: int, stall_seconds: float = 20) -> Non
             "The request does not fit",
             detail,
             instance=request.url.path,
-            trace_id=new_execution_id(),
+            trace_id=_trace_id(request),
             errors=errors,
         )
 
@@ -111,12 +120,12 @@ def install(app: FastAPI, max_body_bytes: int, stall_seconds: float = 20) -> Non
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's answer to a body that is no text, or nested too deeply
             detail = f"{error.detail}: it must be JSON in UTF-8"
-            where, trace_id = request.url.path, new_execution_id()
+            where, trace_id = request.url.path, _trace_id(request)
             return problem(422, "invalid-request", "The request does not fit", detail, instance=where, trace_id=trace_id)
         code = _STATUS_CODES.get(error.status_code, "http-error")
         title = _STATUS_TITLES.get(error.status_code, str(error.detail))
         detail = f"{request.method} {request.url.path}: {error.detail}. See /docs for what there is."
-        response = problem(error.status_code, code, title, detail, instance=request.url.path, trace_id=new_execution_id())
+        response = problem(error.status_code, code, title, detail, instance=request.url.path, trace_id=_trace_id(request))
         response.headers.update(error.headers or {})
         return response
 
@@ -125,7 +134,7 @@ def install(app: FastAPI, max_body_bytes: int, stall_seconds: float = 20) -> Non
         cause = own_error(error)
         if isinstance(cause, ScanGraphError):
             return from_error(cause, request)
-        trace_id = new_execution_id()
+        trace_id = _trace_id(request)
         log.error("trace %s: %s %s failed", trace_id, request.method, request.url.path, exc_info=error)
         detail = f"The service failed in a way nobody foresaw; its log has the details under trace {trace_id}."
         return problem(500, "internal-error", "The service failed", detail, instance=request.url.path, trace_id=trace_id)
@@ -215,6 +224,7 @@ def problem_schema() -> Mapping[str, Any]:
                         "detail": {"type": "string"},
                         "instance": {"type": "string"},
                         "trace_id": {"type": "string"},
+                        "execution_id": {"type": "string"},
                         "errors": {
                             "type": "array",
                             "items": {

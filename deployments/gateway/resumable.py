@@ -12,6 +12,7 @@ import base64
 import contextlib
 import hashlib
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,8 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from deployments.gateway import problems
-from deployments.gateway.auth import Principal, requires
-from deployments.gateway.files import discard_unnamed, inspected, new_file, shown_name
+from deployments.gateway.auth import requires
 from deployments.gateway.services import Access, Services
 from scangraph.contracts.errors import (
     ChecksumMismatch,
@@ -37,6 +37,7 @@ from scangraph.contracts.errors import (
     UploadTooLarge,
     UsageError,
 )
+from scangraph.intake import Principal, discard_unnamed, inspected, new_file, shown_name
 from scangraph.store import files as records
 from scangraph.store import now
 from scangraph.store.database import whole
@@ -55,6 +56,10 @@ _METADATA_BYTES = 4096
 _JOINING = timedelta(seconds=15)
 #: How long HEAD waits for a joiner before it says how things stand.
 _PATIENCE_SECONDS = 20.0
+#: A line on which nothing comes for so long has ended for whoever comes back on another,
+_SILENT_SECONDS = 0.3
+#: who waits so long for one that still brings bytes.
+_DRAINING_SECONDS = 2.0
 _OVERTAKEN = "Another request writes to this upload by now"
 
 
@@ -105,16 +110,30 @@ class _Receiving:
         self._principal = principal
         self._stream = request.stream()
         self._reading: asyncio.Future[bytes] | None = None
-        self._left = False
+        self._left: BaseException | None = None
+        self._last = time.monotonic()
+        self._kept = asyncio.Event()
         self._offset = upload.offset
         self._check, self._announced = _checksum(request)
         self._pending: list[_Part] = []
 
-    def leave(self) -> None:
-        """Let the body end here: the client is gone."""
-        self._left = True
+    def leave(self, why: BaseException) -> None:
+        """Let the body end here: the client is gone, or back on another line."""
+        self._left = why
         if self._reading is not None:
             self._reading.cancel()
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long nothing has come."""
+        return time.monotonic() - self._last
+
+    async def ended(self, seconds: float) -> bool:
+        """Wait at most so long until what came is kept, and return whether it is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._kept.wait()
+        return self._kept.is_set()
 
     @whole
     async def run(self) -> tuple[int, str | None]:
@@ -126,6 +145,8 @@ class _Receiving:
         """
         problems.allow_body(self._request, self._upload.length - self._offset)
         end: BaseException | None = None
+        lines = _lines(self._services)
+        lines[self._upload.id] = self
         try:
             while end is None:
                 part, end = await self._receive_part()
@@ -145,6 +166,9 @@ class _Receiving:
             _complain(end)
             return self._offset, None
         finally:
+            self._kept.set()
+            if lines.get(self._upload.id) is self:
+                del lines[self._upload.id]
             await discard_unnamed(self._services, [lost.name for lost in self._pending])
 
     async def _receive_part(self) -> tuple[_Part | None, BaseException | None]:
@@ -172,14 +196,15 @@ class _Receiving:
         piece = b""
         try:
             while not piece:
-                if self._left:
-                    return b"", asyncio.CancelledError()
+                if self._left is not None:
+                    return b"", self._left
                 self._reading = asyncio.ensure_future(anext(self._stream))
                 piece = await self._reading
+                self._last = time.monotonic()
         except _ENDS as end:
             if isinstance(end, HTTPException) and end.status_code != 408:  # more than was announced
                 raise
-            return b"", end
+            return b"", self._left or end
         return piece, None
 
     async def _note(self) -> None:
@@ -194,6 +219,12 @@ class _Receiving:
         algorithm, digest = self._announced
         if self._check.digest() != digest:
             raise ChecksumMismatch(algorithm=algorithm)
+
+
+def _lines(services: Services) -> dict[str, _Receiving]:
+    """Return what this replica receives, by upload."""
+    found: dict[str, _Receiving] = services.state.setdefault("lines", {})
+    return found
 
 
 def _complain(end: BaseException | None) -> None:
@@ -350,7 +381,7 @@ async def _receive(services: Services, request: Request, upload: Upload, princip
     try:
         return await receiving.run()
     except asyncio.CancelledError:
-        receiving.leave()
+        receiving.leave(asyncio.CancelledError())
         raise
 
 
@@ -359,6 +390,8 @@ async def _append(services: Services, request: Request, upload_id: str, principa
         raise HTTPException(415, f"a part's Content-Type is {_CONTENT}", {"Accept": _CONTENT})
     offset = _number(request, "Upload-Offset")
     upload = await _own_upload(services, principal, upload_id)
+    if await _settled(services, upload_id, ends=True):
+        upload = await _own_upload(services, principal, upload_id)
     if upload.offset != offset:
         raise UploadConflict(reason=f"{upload.offset} bytes are there, and the part begins at {offset}")
     if upload.file_id is not None:
@@ -367,8 +400,30 @@ async def _append(services: Services, request: Request, upload_id: str, principa
     return Response(status_code=204, headers={**_standing(upload), "Upload-Offset": str(offset), **_whole(file_id)})
 
 
+async def _settled(services: Services, upload_id: str, *, ends: bool) -> bool:
+    """Let the line that wrote until now bring what it still has; False if there was none in this replica.
+
+    Race: a line breaks, and the client is back before its last bytes are through (a browser repeats a request on a fresh
+    connection within a millisecond). The newcomer would begin where the upload was before that line, and overtake it. One
+    who only asks ends nothing: the line may be alive, and slow.
+    """
+    line = _lines(services).get(upload_id)
+    if line is None:
+        return False
+    begun = time.monotonic()
+    while line.silent_seconds < _SILENT_SECONDS and time.monotonic() - begun < _DRAINING_SECONDS:
+        if await line.ended(_SILENT_SECONDS / 10):
+            return True
+    if ends:
+        line.leave(UploadConflict(reason=_OVERTAKEN))
+        await line.ended(_DRAINING_SECONDS)
+    return True
+
+
 async def _show(services: Services, upload_id: str, principal: Principal) -> Response:
     upload = await _own_upload(services, principal, upload_id)
+    if await _settled(services, upload_id, ends=False):
+        upload = await _own_upload(services, principal, upload_id)
     # A client that lost its connection while the parts are joined would have to send the last one again.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PATIENCE_SECONDS):

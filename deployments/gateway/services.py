@@ -5,61 +5,50 @@ Serve copies the FastAPI application into its replica; nothing may be bound to i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from scangraph.contracts import Component
-from scangraph.settings import Settings
-from scangraph.storage import Storage
-from scangraph.store import Store
+from scangraph.intake import Intake
 from scangraph.tokens import Tokens
 
 
-class Gate(Protocol):
-    """The part of imageio that the gateway asks what a file is."""
+async def _no_pages() -> dict[str, str | None]:
+    return {}
 
-    async def inspect(self, name: str) -> dict[str, Any]:
-        """Check a stored file whole and return `kind`, `media_type` and `header`; raises what the gate raises."""
-        ...
+
+async def _no_doors() -> dict[str, dict[str, Any]]:
+    return {}
 
 
 @dataclass
-class Services:
+class Services(Intake):
     """Everything behind the routes.
 
     Parameters
     ----------
-    settings : Settings
-        All of them; the gateway is a control plane.
-    store : Store
-        Records.
-    storage : Storage
-        Files.
-    components : mapping
-        What can be run, by id.
     tokens : Tokens
         Makes and checks bearer tokens.
-    gate : Gate
-        Looks into files.
-    wake : callable
-        Tells the executor that there is work; losing the message costs a second, nothing else.
     readiness : callable
         Deployment -> why it is not ready.
     models : callable
         Component id -> installed models.
+    doors : callable
+        Name of another door -> how it is.
+    news : callable, optional
+        Waits until the executor wrote something since the number given, and returns the newest number. Without it, or while it
+        fails, the records are looked at every `poll_seconds`.
+    pages : callable
+        Node's address -> the page of its metrics, None where it does not answer.
     """
 
-    settings: Settings
-    store: Store
-    storage: Storage
-    components: Mapping[str, Component]
     tokens: Tokens
-    gate: Gate
-    wake: Callable[[], Awaitable[None]]
     readiness: Callable[[], Awaitable[dict[str, str]]]
     models: Callable[[], Awaitable[dict[str, list[dict[str, Any]]]]]
+    doors: Callable[[], Awaitable[dict[str, dict[str, Any]]]] = _no_doors
+    news: Callable[[int], Awaitable[int]] | None = None
     state: dict[str, Any] = field(default_factory=dict)
+    pages: Callable[[], Awaitable[dict[str, str | None]]] = _no_pages
 
 
 Access = Callable[[], Services]

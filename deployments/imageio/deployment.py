@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import mmap
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
+from deployments.imageio.display import intensity, reduced, small_picture
 from deployments.imageio.kinds import Kind, kind_of
+from deployments.imageio.meshes import scene_copy, write_mz3
 from deployments.imageio.nifti import Limits, read_nifti, write_nifti
-from scangraph.contracts import LabelMap, Scene, Volume
-from scangraph.contracts.codec import from_bytes, to_bytes
+from deployments.imageio.pictures import ENDINGS, PictureLimits, describe_picture, read_picture, write_picture
+from scangraph import logs, tracing
+from scangraph.contracts import Image2D, LabelMap, Scene, Surface, Volume
+from scangraph.contracts.codec import Value, from_bytes, to_bytes
 from scangraph.contracts.errors import (
     AlreadyWritten,
     EmptyFile,
@@ -27,9 +33,11 @@ from scangraph.contracts.errors import (
     UnknownLabels,
     UnsupportedMedia,
 )
+from scangraph.contracts.images import ImageFormat
+from scangraph.copies import mesh_name, scene_name
 from scangraph.models import label_names
 from scangraph.scenefiles import SceneFile, scene_files
-from scangraph.settings import ImageioSettings
+from scangraph.settings import ImageioSettings, TracingSettings
 from scangraph.storage import open_storage
 
 T = TypeVar("T")
@@ -38,6 +46,8 @@ T = TypeVar("T")
 _MAGIC_BYTES = 512
 #: Files of a result that are written at a time: each waits for the disk, or for the network.
 _AT_ONCE = 8
+#: Pixels of pictures that were looked into and not asked for yet: most are, in a moment, and decoding is what takes time.
+_LATELY_BYTES = 128 * 2**20
 
 
 class Imageio:
@@ -50,6 +60,8 @@ class Imageio:
     model_folders : sequence of Path
         Where models are installed. Their manifests name what masks may hold besides the label table: a mask file has no room
         for names that every viewer keeps.
+    trace_to : TracingSettings, optional
+        Where spans are sent.
     """
 
     def __init__(
@@ -58,9 +70,14 @@ class Imageio:
         storage_url: str,
         storage_options: Mapping[str, str],
         model_folders: Sequence[Path] = (),
+        trace_to: TracingSettings | None = None,
     ) -> None:
+        logs.configure()
+        tracing.configure(trace_to or TracingSettings(), "imageio")
         self._model_folders = tuple(model_folders)
         self._limits = Limits(max_voxels=settings.max_voxels, max_inflated_bytes=settings.max_inflated_bytes)
+        self._picture_limits = PictureLimits(settings.max_pixels, settings.max_pages)
+        self._lately: OrderedDict[str, Image2D] = OrderedDict()
         self._storage = open_storage(storage_url, storage_options)
         self._threads = ThreadPoolExecutor(settings.concurrent, thread_name_prefix="file")
 
@@ -70,6 +87,7 @@ class Imageio:
 
     # --- images ------------------------------------------------------------------------------------------------------------
 
+    @tracing.joined
     async def read(self, path: str, as_mask: bool, scheme: str | None = None) -> Volume:
         """Read a stored file; raises what the storage and `read_nifti` raise."""
         return await self.decode(await self._storage.read(path), path, as_mask, scheme)
@@ -78,14 +96,32 @@ class Imageio:
         """Read a file's bytes."""
         return await self._in_thread(lambda: self._decode(data, name, as_mask, scheme))
 
+    @tracing.joined
+    async def read_picture(self, path: str) -> Image2D:
+        """Read a stored 2-D image; raises what the storage and `pictures.read_picture` raise."""
+        known = self._lately.pop(path, None)
+        return known if known is not None else await self.decode_picture(await self._storage.read(path), path)
+
+    async def decode_picture(self, data: bytes, name: str) -> Image2D:
+        """Read a 2-D image's bytes."""
+        name = Path(name).name
+        kind = kind_of(data[:_MAGIC_BYTES])
+        if kind is None or kind.name != "image2d":
+            found = "of no kind that is known here" if kind is None else kind.media_type
+            raise UnsupportedMedia(name=name, reason=f"it is no JPEG, PNG, TIFF or WebP, but {found}")
+        return await self._in_thread(lambda: read_picture(data, name, _format(kind), self._picture_limits))
+
     async def write(self, volume: Volume, path: str) -> str:
         """Write an image or mask under a new name in the storage and return the name."""
         return await self._storage.write(path, await self.encode(volume))
 
-    async def encode(self, volume: Volume) -> bytes:
-        """Return an image or mask as `.nii.gz` bytes."""
-        return await self._in_thread(lambda: write_nifti(volume))
+    async def encode(self, value: Volume | Image2D) -> bytes:
+        """Return an image or mask as `.nii.gz` bytes, a 2-D image's first page (all pages, as TIFF) as its `file` says."""
+        if isinstance(value, Image2D):
+            return await self._in_thread(lambda: write_picture(value))
+        return await self._in_thread(lambda: write_nifti(value))
 
+    @tracing.joined
     async def sha256(self, path: str) -> str:
         """Return a stored file's hash."""
         digest = hashlib.sha256()
@@ -93,6 +129,7 @@ class Imageio:
             await self._in_thread(lambda chunk=chunk: digest.update(chunk))  # type: ignore[misc]
         return digest.hexdigest()
 
+    @tracing.joined
     async def inspect(self, path: str) -> dict[str, Any]:
         """Say what a stored file is, by its content; an image is checked whole.
 
@@ -100,7 +137,8 @@ class Imageio:
         -------
         dict
             `kind`, `media_type`, and `header`: of an image `shape_zyx`, `spacing_mm` (z, y, x), `origin_mm` (x, y, z, LPS),
-            `direction`, `dtype`, `decoded_bytes` and `readable_as`. Free text in headers may name a patient and is left out.
+            `direction`, `dtype`, `decoded_bytes`, `readable_as` and `intensity` (`display.intensity`); of a 2-D one what
+            `describe_picture` says. Free text in headers may name a patient and is left out.
 
         Raises
         ------
@@ -116,11 +154,21 @@ class Imageio:
         kind = kind_of(start)
         if kind is None:
             raise UnsupportedMedia(name=name, reason="its content is of no kind that is known here; see the README's table")
-        if kind.name != "nifti":
+        if kind.name not in {"nifti", "image2d"}:
             return {"kind": kind.name, "media_type": kind.media_type, "header": {}}
         data = await self._storage.read(path)
+        if kind.name == "image2d":
+            picture = await self.decode_picture(data, name)
+            self._remember(path, picture)
+            return {"kind": kind.name, "media_type": kind.media_type, "header": describe_picture(picture)}
         header = await self._in_thread(lambda: self._look(data, name))
         return {"kind": kind.name, "media_type": kind.media_type, "header": header}
+
+    def _remember(self, path: str, picture: Image2D) -> None:
+        """Hold an upload until it is read: nothing is written twice under one name, so it is still what is stored then."""
+        self._lately[path] = picture
+        while sum(held.nbytes for held in self._lately.values()) > _LATELY_BYTES:
+            self._lately.popitem(last=False)
 
     def _look(self, data: bytes, name: str) -> dict[str, Any]:
         """Read it as an image and, where its values allow, as a mask; one must go."""
@@ -147,18 +195,60 @@ class Imageio:
             "dtype": str(volume.array.dtype),
             "decoded_bytes": int(volume.array.nbytes),
             "readable_as": readable,
+            **({"intensity": intensity(volume.array)} if "image" in readable else {}),
         }
+
+    @tracing.joined
+    async def derive(self, path: str, target: str, what: str, most: int = 0) -> dict[str, Any]:
+        """Make a copy of a stored file for screens, and keep it under a new name.
+
+        Parameters
+        ----------
+        what : str
+            "image" or "mask": a `.nii.gz` of at most `most` voxels a side. "image-picture", "mask-picture" or
+            "image2d-picture": a small PNG.
+
+        Returns
+        -------
+        dict
+            `size`; and `data`, the bytes, where the storage does not take them: who waits for them gets them all the same.
+
+        Raises
+        ------
+        UnsupportedMedia
+        ImageFileError, UnknownLabels
+            If the file cannot be read as what it is to be.
+        """
+        data, name = await self._storage.read(path), Path(path).name
+        kind, _, picture = what.partition("-")
+        if kind == "image2d":
+            page = await self.decode_picture(data, name)
+            made = await self._in_thread(lambda: write_picture(small_picture(page)))
+        else:
+            made = await self._in_thread(lambda: self._derived(data, name, kind == "mask", bool(picture), most))
+        try:
+            await self._storage.write(target, made)
+        except AlreadyWritten:  # by another replica, a moment ago; the same copy
+            return {"size": (await self._storage.head(target)).size}
+        except (StorageFull, StorageUnavailable):
+            return {"size": len(made), "data": made}
+        return {"size": len(made)}
+
+    def _derived(self, data: bytes, name: str, as_mask: bool, picture: bool, most: int) -> bytes:
+        volume = self._decode(data, name, as_mask, None)
+        return write_picture(small_picture(volume)) if picture else write_nifti(reduced(volume, most), level=1)
 
     # --- results -----------------------------------------------------------------------------------------------------------
 
-    async def save(self, value: Volume | Scene | bytes, kind: str, stem: str) -> list[dict[str, Any]]:
+    @tracing.joined
+    async def save(self, value: Value, kind: str, stem: str) -> list[dict[str, Any]]:
         """Write a result for people and read it back: when this returns, it is there.
 
         Parameters
         ----------
         kind : str
-            Of the port it comes from: an image or mask becomes `.nii.gz`, a picture `.png`, a report `.json`, a scene what its
-            `files` say.
+            Of the port it comes from: an image or mask becomes `.nii.gz`, a report `.json`, a scene or a 2-D image what its
+            `files` or `file` say.
         stem : str
             Name in the storage, without its ending.
 
@@ -171,12 +261,27 @@ class Imageio:
         *others, last = planned  # a scene's manifest says what was written: it is the last
         saved: list[dict[str, Any]] = []
         for start in range(0, len(others), _AT_ONCE):
-            batch = (self._save(file, stem) for file in others[start : start + _AT_ONCE])
-            for outcome in await asyncio.gather(*batch, return_exceptions=True):  # all have ended before an error is told
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                saved.append(outcome)
-        return [*saved, await self._save(last, stem)]
+            saved += await _all(self._save(file, stem) for file in others[start : start + _AT_ONCE])
+        saved.append(await self._save(last, stem))
+        if isinstance(value, Scene):
+            await self._save_copy(value, saved[-1]["sha256"])
+        return saved
+
+    async def _save_copy(self, scene: Scene, digest: str) -> None:
+        """Write a scene's copy for screens, its list last: where that is, everything is."""
+        about, surfaces = await self._in_thread(lambda: scene_copy(scene))
+        for start in range(0, len(surfaces), _AT_ONCE):
+            batch = enumerate(surfaces[start : start + _AT_ONCE], start)
+            await _all(self._write_mesh(surface, mesh_name(digest, number)) for number, surface in batch)
+        await self._write_equal(scene_name(digest), about)
+
+    async def _write_mesh(self, surface: Surface, name: str) -> None:
+        await self._write_equal(name, await self._in_thread(lambda: write_mz3(surface)))
+
+    async def _write_equal(self, name: str, data: bytes) -> None:
+        """Write what has its content's name: what is there already is equal."""
+        with contextlib.suppress(AlreadyWritten):
+            await self._storage.write(name, data)
 
     async def _save(self, file: _Planned, stem: str) -> dict[str, Any]:
         data = await self._in_thread(file.encode)
@@ -206,16 +311,15 @@ class Imageio:
                     return self._storage.name_of(name)
                 number += 1
 
-    async def keep(self, value: Volume | Scene | bytes, path: str) -> int:
+    @tracing.joined
+    async def keep(self, value: Value, path: str) -> int:
         """Keep a step's output for later runs and return its size; the name says what made it: one that is there is equal."""
         data = await self._in_thread(lambda: to_bytes(value))
-        try:
-            await self._storage.write(path, data)
-        except AlreadyWritten:
-            return len(data)
+        await self._write_equal(path, data)
         return len(data)
 
-    async def recall(self, path: str) -> Volume | Scene | bytes:
+    @tracing.joined
+    async def recall(self, path: str) -> Value:
         """Return a kept output.
 
         Raises
@@ -233,6 +337,15 @@ class Imageio:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
+async def _all(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Wait for all: none goes on when an error is told."""
+    outcomes = await asyncio.gather(*works, return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return cast("list[T]", outcomes)
+
+
 class _Planned(NamedTuple):
     """A file that a result becomes."""
 
@@ -242,7 +355,7 @@ class _Planned(NamedTuple):
     encode: Callable[[], bytes | memoryview]
 
 
-def _plan(value: Volume | Scene | bytes, kind: str, stem: str) -> list[_Planned]:
+def _plan(value: Value, kind: str, stem: str) -> list[_Planned]:
     """Return the files of a result, the main one first. Each is encoded when its turn comes."""
     if kind == "scene" and isinstance(value, Scene):
         return [
@@ -257,11 +370,32 @@ def _plan(value: Volume | Scene | bytes, kind: str, stem: str) -> list[_Planned]
     if kind in {"image", "mask"} and isinstance(value, Volume):
         encode = partial(write_nifti, value)
         return [_Planned(".nii.gz", Kind("nifti", "application/gzip"), _header(value), encode)]
-    if kind == "image2d" and isinstance(value, bytes):
-        return [_Planned(".png", Kind("png", "image/png"), {}, lambda: value)]
+    if kind == "image2d" and isinstance(value, Image2D):
+        return _plan_picture(value)
     if kind == "report" and isinstance(value, bytes):
         return [_Planned(".json", Kind("report", "application/json"), {}, lambda: value)]
     raise TypeError(f"a {type(value).__name__} is no {kind}")
+
+
+def _plan_picture(image: Image2D) -> list[_Planned]:
+    """Return one file, or one for each page where the format holds one."""
+    ending, media = ENDINGS[image.file.format], Kind("image2d", f"image/{image.file.format}")
+    if image.file.format == "tiff" or len(image.pages) == 1:
+        return [_Planned(ending, media, describe_picture(image), partial(write_picture, image))]
+    return [
+        _Planned(
+            f"{f'-page{number + 1}' if number else ''}{ending}",
+            media,
+            describe_picture(image.with_pages([page])),
+            partial(write_picture, image, number),
+        )
+        for number, page in enumerate(image.pages)
+    ]
+
+
+def _format(kind: Kind) -> ImageFormat:
+    """Return the format of a 2-D image from its media type."""
+    return cast("ImageFormat", kind.media_type.removeprefix("image/"))
 
 
 def _spool(file: SceneFile) -> memoryview:
@@ -280,8 +414,10 @@ def _spool(file: SceneFile) -> memoryview:
 def _header(value: Volume) -> dict[str, Any]:
     header = {"shape_zyx": list(value.shape), "spacing_mm": list(value.spacing_mm), "origin_mm": list(value.origin_mm)}
     header |= {"direction": [list(row) for row in value.direction], "dtype": str(value.array.dtype)}
-    readable = ["image", "mask"] if isinstance(value, LabelMap) else ["image"]
-    return {**header, "decoded_bytes": int(value.array.nbytes), "readable_as": readable}
+    header["decoded_bytes"] = int(value.array.nbytes)
+    if isinstance(value, LabelMap):
+        return {**header, "readable_as": ["image", "mask"]}
+    return {**header, "readable_as": ["image"], "intensity": intensity(value.array)}
 
 
 def _scene_header(scene: Scene, file: SceneFile) -> dict[str, Any]:

@@ -15,12 +15,13 @@ class Kind(NamedTuple):
 
 #: (offset, bytes, kind); the formats' own signatures.
 _SIGNATURES: tuple[tuple[int, bytes, Kind], ...] = (
-    (0, b"\x89PNG\r\n\x1a\n", Kind("png", "image/png")),
-    (0, b"\xff\xd8\xff", Kind("jpeg", "image/jpeg")),
-    (0, b"II*\x00", Kind("tiff", "image/tiff")),
-    (0, b"MM\x00*", Kind("tiff", "image/tiff")),
-    (0, b"II+\x00", Kind("tiff", "image/tiff")),
-    (0, b"MM\x00+", Kind("tiff", "image/tiff")),
+    (0, b"\x89PNG\r\n\x1a\n", Kind("image2d", "image/png")),
+    (0, b"\xff\xd8\xff", Kind("image2d", "image/jpeg")),
+    (0, b"II*\x00", Kind("image2d", "image/tiff")),
+    (0, b"MM\x00*", Kind("image2d", "image/tiff")),
+    (0, b"II+\x00", Kind("image2d", "image/tiff")),
+    (0, b"MM\x00+", Kind("image2d", "image/tiff")),
+    (8, b"WEBP", Kind("image2d", "image/webp")),
     (128, b"DICM", Kind("dicom", "application/dicom")),
     (0, b"PK\x03\x04", Kind("zip", "application/zip")),
     (0, b"glTF", Kind("glb", "model/gltf-binary")),

@@ -11,10 +11,7 @@ than channels before that layer, those channels are added up, and the classes ar
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 
 from deployments.nnunet import kernels
 from deployments.nnunet.resampling import Rule, cells
+from scangraph.compiling import one_compiler
 
 
 class Head(NamedTuple):
@@ -194,22 +192,12 @@ class Accumulator:
         target.labels[first:last] = filled
 
 
-def compile_kernels(cache: Path | None = None) -> None:
-    """Compile all loops, or load them from numba's cache: 8 s at the first start on a machine, half a second at any other.
-
-    Parameters
-    ----------
-    cache : Path, optional
-        Folder for the lock under which it is done: numba's cache is not made for two processes that write at once, and the
-        second has nothing left to do.
-    """
-    with contextlib.ExitStack() as held:
-        if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(held.enter_context((cache / "numba.lock").open("w")), fcntl.LOCK_EX)
-        shape, part = (2, 2, 2), slice(0, 2)
-        target = Target(np.zeros((3, 3, 3), np.uint8), Rule(1), np.arange(2, dtype=np.uint8), False, True)
-        tiles: tuple[Any, ...] = (np.zeros((*shape, 2), np.float32), np.zeros((*shape, 2), np.uint16))
+def compile_kernels() -> None:
+    """Compile all loops, or load them from numba's cache: 8 s at the first start on a machine, half a second at any other."""
+    shape, part = (2, 2, 2), slice(0, 2)
+    target = Target(np.zeros((3, 3, 3), np.uint8), Rule(1), np.arange(2, dtype=np.uint8), False, True)
+    tiles: tuple[Any, ...] = (np.zeros((*shape, 2), np.float32), np.zeros((*shape, 2), np.uint16))
+    with one_compiler():
         for tile in tiles:
             sums = Accumulator(shape, (part, part, part), 2, 2, None, target)
             sums.add(tile, np.ones(shape, np.float32), (0, 0, 0))

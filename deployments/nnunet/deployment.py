@@ -29,11 +29,8 @@ class Nnunet(Stage):
     """One deployment for all nnU-Net models."""
 
     def __init__(self, settings: NnunetSettings, model_folders: tuple[Path, ...], cache: Path | None = None) -> None:
-        import numba
         import torch
 
-        if cache is not None:
-            setattr(numba.config, "CACHE_DIR", str(cache / "numba"))  # noqa: B010 numba's module has no types; before the loops are declared; beside them may be read-only
         from deployments.nnunet import segmentation
         from deployments.nnunet.accumulate import compile_kernels
 
@@ -47,7 +44,7 @@ class Nnunet(Stage):
         super().__init__({})
         if device.type == "cpu":
             # In the thread of the steps, where it meets none of them; whoever comes first waits for the rest of it.
-            self._thread.submit(compile_kernels, cache)
+            self._thread.submit(compile_kernels)
 
     def operation(self, component_id: str) -> tuple[Component, Operation]:
         """Return a component, declared here or made of an installed model, and its function."""

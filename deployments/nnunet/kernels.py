@@ -16,9 +16,7 @@ BF16_SHIFT = 16
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def add_tile(  # type: ignore[no-untyped-def]
-    ring, weights, depth_of_ring, tile, shift, gaussian, origin, flips, share, first_channel, count
-):  # pragma: no cover – compiled
+def add_tile(ring, weights, depth_of_ring, tile, shift, gaussian, origin, flips, share, first_channel, count):
     """Add a tile's values, weighted, to the ring of slices.
 
     `ring[(z0 + z) % depth, y0 + y, x0 + x] += gaussian[z, y, x] * share * tile[z, y, x]`
@@ -65,7 +63,7 @@ def add_tile(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def take_slice(sums, weights, out):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def take_slice(sums, weights, out):
     """Divide a slice's sums by its weights into `out`, and clear both; what no tile has touched becomes zero."""
     ny, nx, channels = sums.shape
     for y in numba.prange(ny):
@@ -79,7 +77,7 @@ def take_slice(sums, weights, out):  # type: ignore[no-untyped-def]  # pragma: n
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _half(value, floats, bits):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _half(value, floats, bits):
     """Round to float16's precision (ties to even), as nnU-Net's arrays of logits do."""
     floats[0] = value
     b = bits[0]
@@ -88,7 +86,7 @@ def _half(value, floats, bits):  # type: ignore[no-untyped-def]  # pragma: no co
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def decide(logits, regions, half, codes):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def decide(logits, regions, half, codes):
     """Find each voxel's code in a slice of logits, (ny, nx, k), which is rounded in place where `half`.
 
     Without regions the code is the first of the highest channels; with them 1 + the last channel above zero, or 0.
@@ -116,9 +114,9 @@ def decide(logits, regions, half, codes):  # type: ignore[no-untyped-def]  # pra
 
 
 @numba.njit(parallel=True, cache=True, nogil=True)
-def fill_slices(  # type: ignore[no-untyped-def]
+def fill_slices(
     lower, upper, lower_codes, upper_codes, wz, y_start, y_high, wy, x_start, x_high, wx, regions, half, numbers, out
-):  # pragma: no cover – compiled
+):
     """Label the image's slices that lie between two slices of the network's grid.
 
     A trilinear interpolation is a weighted mean of its cell's eight corners. So where all eight have the same highest channel,

@@ -121,6 +121,7 @@ class Network:
         self._device, self._threads, self._cache = device, threads or torch.get_num_threads(), cache
         self._mirror_axes = tuple(folder.mirror_axes or ()) if mirroring else ()
         self._networks: list[torch.nn.Module] = []
+        self.weight_bytes = sum(tensor.nbytes for weights in folder.parameters for tensor in weights.values())
         for weights in folder.parameters:
             network = build_network(folder)
             # The tensors stay where they are: mapped from a file, they are in memory once for all replicas of a node.

@@ -18,6 +18,7 @@ from deployments.nnunet.body import body_blocks, union
 from deployments.nnunet.memory import NotEnoughMemory
 from deployments.nnunet.predictor import Network, Precision, Shared
 from deployments.nnunet.weights import read_network_folder
+from scangraph import metrics
 from scangraph.contracts import LabelMap, Volume, label_number, label_table, lookup_table
 from scangraph.contracts.errors import InvalidModel, InvalidParameters, OutOfMemory, TooLargeForMemory, WrongGrid
 from scangraph.memory import free_memory
@@ -79,9 +80,16 @@ class ModelStore:
             verify_files(model)
             while len(self._loaded) >= self._held or (self._loaded and free_memory() < _LEAST_FREE):
                 self._loaded.popitem(last=False)
+                metrics.MODEL_EVICTIONS.add()
             self._loaded[model.digest] = [self._load(model, i) for i in range(len(model.manifest.networks))]
         self._loaded.move_to_end(model.digest)
+        self._count(fresh)
         return model, self._loaded[model.digest], fresh
+
+    def _count(self, fresh: bool) -> None:
+        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add()
+        metrics.MODELS_HELD.set(len(self._loaded))
+        metrics.MODELS_HELD_BYTES.set(sum(network.weight_bytes for networks in self._loaded.values() for network in networks))
 
     @property
     def held(self) -> list[str]:
@@ -223,6 +231,7 @@ def segment(
 
         shape = "×".join(map(str, turned[0].shape))
         numbers = lookup_table(kept, max(network.plan.numbers) + 1)
+        before = shared.tiles - shared.skipped
         arrays, spacing_mm = [volume.array for volume in turned], turned[0].spacing_mm
         try:
             own = network.predict(arrays, spacing_mm, on_tile, step_size, precision=precision, numbers=numbers, shared=shared)
@@ -233,6 +242,7 @@ def segment(
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             raise OutOfMemory(component=manifest.task, device="GPU", shape=shape) from None
+        metrics.TILES.add(shared.tiles - shared.skipped - before, component=manifest.task)
         if merged is None:
             merged = own
         else:

@@ -34,10 +34,13 @@ _CAP = 0.8
 _BLUNT_MM = 2.0
 #: A piece is a vessel, and no speck, where its centreline is this many of its radii long.
 _ELONGATED = 2.0
-#: How much of a curve's direction at its ends is that of the straight line: ends lead only roughly where the vessel goes.
-_CHORD = 0.5
+#: How much of a curve's direction at its ends is that of the straight line: ragged ends lead only roughly where a vessel goes,
+#: ends cut at a slice do better.
+_CHORD, _CHORD_CUT = 0.5, 0.15
 #: Pairs of ends that the limits forbid are told where they are this near to each other.
 _TOLD_MM = 15.0
+#: Where the last slice holds this part of those before it, the mask was cut there; unless the vessel runs almost in the slice.
+_FULL, _STEEPEST = 0.8, 0.4
 #: Step of curves, mm.
 _STEP_MM = 0.25
 
@@ -98,6 +101,8 @@ class End:
         The end's face is a plane: where one goes across the axis by v, it lies `tilt @ v` further out.
     rag_mm : float
         How ragged the face is: standard deviation from the plane.
+    cut : bool
+        Whether the face is the side of a slice.
     """
 
     vertex: int
@@ -108,6 +113,7 @@ class End:
     room_mm: float
     tilt: Floats = field(default_factory=lambda: np.zeros(3))
     rag_mm: float = 0.0
+    cut: bool = False
 
     @property
     def is_side(self) -> bool:
@@ -286,6 +292,9 @@ def _with_face(voxels: Voxels, tree: cKDTree, end: End) -> End:
     width = float(voxels.spacing_mm.mean())
     near = np.array(tree.query_ball_point(end.point_mm, 2.5 * end.radius_mm + 2 * width), np.int64)
     near = near[voxels.piece[near] == end.piece]
+    cut = _cut_at_slice(voxels, near, end)
+    if cut is not None:
+        return cut
     offset = voxels.position_mm[near] - end.point_mm
     along = offset @ end.outward
     across = offset - along[:, None] * end.outward
@@ -324,6 +333,53 @@ def _with_face(voxels: Voxels, tree: cKDTree, end: End) -> End:
     shift = middle[0] * e1 + middle[1] * e2
     point = end.point_mm + shift + (fit[0] + float(tilt @ shift)) * end.outward
     return replace(end, point_mm=point, tilt=tilt, rag_mm=float(min(scale, 1.5 * width)))
+
+
+def _cut_at_slice(voxels: Voxels, near: NDArray[np.int64], end: End) -> End | None:
+    """Return an end whose face is the side of a slice, None where it is none: the last slice is as full as those before it.
+
+    Then the slices behind tell better than the centreline where the vessel comes from: their centres lie on its axis.
+    """
+    found: tuple[float, int, int, NDArray[np.int64]] | None = None
+    index = voxels.index[near].astype(np.int64)
+    for axis in range(3):
+        if abs(end.outward[axis]) < _STEEPEST:
+            continue
+        sign = 1 if end.outward[axis] > 0 else -1
+        level = sign * index[:, axis]
+        counts = np.bincount(level.max() - level, minlength=4)[:4]
+        if counts[0] < 5 or not counts[1:3].all():
+            continue
+        fullness = float(counts[0] / counts[1:3].mean())
+        if fullness >= _FULL and (found is None or fullness > found[0]):
+            found = fullness, axis, sign, level
+    if found is None:
+        return None
+    _, axis, sign, level = found
+    step = float(voxels.spacing_mm[axis])
+    back = max(3, round(_LOOK_BACK_MM / step))
+    centres: list[NDArray[np.float64]] = []
+    for k in range(min(back, int(level.max() - level.min()) + 1)):
+        own = voxels.position_mm[near[level == level.max() - k]]
+        if len(own):
+            centre = own.mean(axis=0)
+            if centres and np.linalg.norm(centre - centres[-1]) > step / _STEEPEST + 1.5 * end.radius_mm:
+                break  # another branch
+            centres.append(centre)
+    line = np.array(centres)
+    if len(line) < 3:
+        return None
+    weight = np.exp(-np.arange(len(line)) * step / _LOOK_BACK_MM)
+    away = -sign * line[:, axis]
+    design = np.column_stack([np.ones(len(line)), away - away[0]])
+    fit = np.linalg.lstsq(design * np.sqrt(weight)[:, None], line * np.sqrt(weight)[:, None], rcond=None)[0]
+    outward = -fit[1] / np.linalg.norm(fit[1])
+    if abs(outward[axis]) < _STEEPEST or outward @ end.outward < 0.5:
+        return None
+    normal = np.zeros(3)
+    normal[axis] = 1 / outward[axis]
+    point = fit[0] - 0.5 * step * fit[1]
+    return replace(end, point_mm=point, outward=outward, tilt=outward - normal, cut=True)
 
 
 def _end_at(voxels: Voxels, lines: Centrelines, vertex: int) -> End | None:
@@ -484,6 +540,7 @@ class Painter:
         _, y, x = array.shape
         self._keys = (voxels.index[:, 0].astype(np.int64) * y + voxels.index[:, 1]) * x + voxels.index[:, 2]
         self._strides = np.array([y * x, x, 1])
+        self._by_piece = np.argsort(voxels.piece, kind="stable")
 
     def piece_at(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (m,): the piece of each voxel (m, 3), -1 where it is of none."""
@@ -524,9 +581,10 @@ class Painter:
 
     def _label(self, end: End) -> int:
         """The label at an end."""
-        own = self._voxels.piece == end.piece
+        first, last = np.searchsorted(self._voxels.piece, (end.piece, end.piece + 1), sorter=self._by_piece)
+        own = self._by_piece[first:last]
         distance = ((self._voxels.position_mm[own] - end.point_mm) ** 2).sum(axis=1)
-        return int(self._array[tuple(self._voxels.index[own][distance.argmin()])])
+        return int(self._array[tuple(self._voxels.index[own[distance.argmin()]])])
 
     def _blocked(self, line: Floats, a: End, b: End) -> bool:
         """Whether another structure, or a third piece, lies on the line."""
@@ -577,62 +635,72 @@ class Painter:
         return np.stack([np.interp(even, arc, smooth[:, k]) for k in range(3)], axis=1), None
 
     def _paint(self, line: Floats, a: End, b: End) -> NDArray[np.int64]:
-        """Return the background voxels of the tube whose cross-section goes over from one end's into the other's."""
+        """Return the background voxels of the tube whose cross-section goes over from one end's into the other's.
+
+        A stack of planes leads along the curve: the first is the one end's face, the last the other's, and those between lean
+        less and less as the one and more and more as the other. Where a plane meets a voxel says which cross-section counts.
+        """
+        arc = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
+        tangent = np.gradient(line, axis=0)
+        tangent /= np.linalg.norm(tangent, axis=1)[:, None]
         frames = _frames(line)
-        section_a = self._section(a, frames[0], line[1] - line[0])
-        section_b = section_a if b.is_side else self._section(b, frames[-1], line[-1] - line[-2])
+        at = [int(((line - end.point_mm) ** 2).sum(axis=1).argmin()) for end in (a, b)]
+        at[1] = max(at[1], at[0] + 1) if at[0] + 1 < len(line) else at[0]
+        faces = arc[at]
+        share = np.clip((arc - faces[0]) / max(1e-9, faces[1] - faces[0]), 0, 1)
+        leans = [_lean(end, tangent[k]) for end, k in zip((a, b), at, strict=True)]
+        section_a = self._section(a, frames[at[0]], tangent[at[0]], leans[0])
+        section_b = section_a if b.is_side else self._section(b, frames[at[1]], tangent[at[1]], leans[1])
+        # How far out of the plane across the curve one gets per mm along each vector of the frame.
+        slopes = [frames[k] @ lean for k, lean in zip(at, leans, strict=True)]
+        slope = (1 - share[:, None]) * slopes[0] + share[:, None] * (np.zeros(2) if b.is_side else slopes[1])
+
         wide = max(section_a.reach_mm, section_b.reach_mm)
         low = np.maximum(np.floor((line.min(axis=0) - wide) / self._spacing), 0).astype(np.int64)
         high = np.minimum(np.ceil((line.max(axis=0) + wide) / self._spacing) + 1, self._shape).astype(np.int64)
         box = tuple(slice(p, q) for p, q in zip(low, high, strict=True))
         index = np.argwhere(self._array[box] == 0) + low
         position = index * self._spacing
-        distance, nearest = cKDTree(line).query(position, distance_upper_bound=wide)
-        near = np.isfinite(distance)
-        index, position, nearest = index[near], position[near], nearest[near]
-        offset = position - line[nearest]
-        tangent = np.gradient(line, axis=0)
-        tangent /= np.linalg.norm(tangent, axis=1)[:, None]
+        near = np.isfinite(cKDTree(line).query(position, distance_upper_bound=wide)[0])
+        index, position = index[near], position[near]
+        nearest, u, v = kernels.cross_planes(position, line, tangent, frames, slope)
+        within = nearest >= 0
         # The curve leaves the one piece here and enters the other there; behind, nothing is painted.
         core = np.clip(np.rint(line / self._spacing).astype(np.int64), 0, self._shape - 1)
         piece = self.piece_at(core)
         leaves = int(np.flatnonzero(piece == a.piece).max(initial=0)) if a.piece != b.piece else 0
         enters = np.flatnonzero(piece[leaves:] == b.piece) if a.piece != b.piece else np.empty(0, np.int64)
         stop = leaves + int(enters[0]) if len(enters) else len(line) - 1
-        # No caps beyond the curve's ends, and nothing behind the faces but their ragged rims.
-        within = np.abs(np.einsum("ij,ij->i", offset, tangent[nearest])) <= 0.75 * self._spacing.max()
-        within &= _between_faces(position, a, b, _RIM_MM)
+        # Nothing behind the faces but their ragged rims.
+        within &= arc[nearest] >= faces[0] - _rim(a)
         if b.is_side:
             within &= nearest <= stop + round(0.5 * b.radius_mm / _STEP_MM)
-        u = np.einsum("ij,ij->i", offset, frames[nearest, 0])
-        v = np.einsum("ij,ij->i", offset, frames[nearest, 1])
-        t = nearest / (len(line) - 1)
+        else:
+            within &= arc[nearest] <= faces[1] + _rim(b)
+        t = share[nearest]
         depth = (1 - t) * section_a.at(u, v) + t * section_b.at(u, v)
-        painted = index[within & (depth <= 0)]
+        painted = index[within & (depth <= section_a.loss(section_b)(t))]
         # However thin: the curve itself joins.
         core = core[leaves : stop + 1]
         core = core[self._array[tuple(core.T)] == 0]
         return np.unique(np.concatenate([painted, core]), axis=0)
 
-    def _section(self, end: End, frame: Floats, along: Floats) -> _Section:
-        """Measure the cross-section behind an end: the mean of several, so that neither rim nor voxel shows."""
+    def _section(self, end: End, frame: Floats, along: Floats, lean: Floats) -> _Section:
+        """Measure the cross-section behind an end: the mean of several, so that neither rim nor voxel shows.
+
+        It lies in planes like the end's face; `frame` and `along` are the curve's there, `lean` is `_lean(end, along)`.
+        """
         reach = 1.9 * end.radius_mm + 1.5
         first = 0.5 * float(self._spacing.mean()) + end.rag_mm
         last = min(end.room_mm, first + max(2.5, 0.6 * end.radius_mm, 1.2 * float(self._spacing.max())))
         if last < first + 0.2:
             return _Section.disc(end.radius_mm, reach)
-        inward = -end.outward
         sample = np.linspace(-reach, reach, 2 * max(8, int(reach / (0.4 * float(self._spacing.min())))) + 1)
         uu, vv = np.meshgrid(sample, sample, indexing="ij")
-        # The frame belongs to the curve's end, which leads along the end's own direction.
-        axis = along / np.linalg.norm(along)
-        axis = axis if axis @ inward > 0 else -axis
-        turn = _turn(axis, inward)
-        e1, e2 = turn @ frame[0], turn @ frame[1]
         depths = np.arange(first, last, max(0.5, 0.5 * float(self._spacing.min())))
-        planes = end.point_mm + depths[:, None] * inward
-        across = uu[..., None] * e1 + vv[..., None] * e2
-        points = planes[:, None, None, :] + across + (across @ end.tilt)[..., None] * end.outward
+        planes = end.point_mm - depths[:, None] * end.outward
+        across = uu[..., None] * frame[0] + vv[..., None] * frame[1]
+        points = planes[:, None, None, :] + across + (across @ lean)[..., None] * along
         low = np.maximum(np.floor(points.reshape(-1, 3).min(axis=0) / self._spacing) - 3, 0).astype(np.int64)
         high = np.minimum(np.ceil(points.reshape(-1, 3).max(axis=0) / self._spacing) + 4, self._shape).astype(np.int64)
         box = tuple(slice(p, q) for p, q in zip(low, high, strict=True))
@@ -645,14 +713,19 @@ class Painter:
             half - ndimage.distance_transform_edt(inside, sampling=self._spacing),
             ndimage.distance_transform_edt(~inside, sampling=self._spacing) - half,
         )
-        values = ndimage.map_coordinates(signed, np.moveaxis(points / self._spacing - low, -1, 0), order=1, mode="nearest")
-        mean = values.mean(axis=0)
+        where_mm = np.moveaxis(points / self._spacing - low, -1, 0)
+        mean = ndimage.map_coordinates(signed, where_mm, order=1, mode="nearest").mean(axis=0)
         # Only what hangs together with the middle: another branch may pass through the plane.
         parts, _ = ndimage.label(mean <= 0)
         middle = parts[len(sample) // 2, len(sample) // 2]
         if not middle:
             return _Section.disc(end.radius_mm, reach)
         mean[(parts != middle) & (parts > 0)] = half
+        # Corners are lost in between voxels, and sections that do not lie quite above each other have a mean that is smaller
+        # than each: the section gets the area that the voxels have.
+        around = ndimage.distance_transform_edt(parts != middle) * (sample[1] - sample[0]) <= 2 * half
+        voxels = ndimage.map_coordinates(inside.astype(np.float32), where_mm, order=0, mode="nearest")
+        mean -= np.quantile(mean[around], float(voxels[:, around].mean()))
         area = float((mean <= 0).sum()) * (sample[1] - sample[0]) ** 2
         if not 0.4 < np.sqrt(area / np.pi) / end.radius_mm < 1.6:
             return _Section.disc(end.radius_mm, reach)
@@ -717,22 +790,36 @@ class _Section:
         uu, vv = np.meshgrid(sample, sample, indexing="ij")
         return cls(np.hypot(uu, vv) - radius, float(sample[0]), float(sample[1] - sample[0]), reach)
 
+    def loss(self, other: _Section) -> Callable[[Floats], Floats]:
+        """Return what a blend of both must be raised by to have their areas in between: unlike shapes share too little."""
+        sample = self.first + self.step * np.arange(len(self.depth))
+        uu, vv = np.meshgrid(sample, sample, indexing="ij")
+        one, two = self.depth, other.at(uu, vv)
+        shares = np.linspace(0, 1, 9)
+        areas = (1 - shares) * float((one <= 0).mean()) + shares * float((two <= 0).mean())
+        levels = [float(np.quantile((1 - t) * one + t * two, area)) for t, area in zip(shares, areas, strict=True)]
+        return lambda t: np.asarray(np.interp(t, shares, levels))
+
     def at(self, u: Floats, v: Floats) -> Floats:
         index = np.stack([(u - self.first) / self.step, (v - self.first) / self.step])
         return np.asarray(ndimage.map_coordinates(self.depth, index, order=1, mode="nearest"))
 
 
-def _between_faces(position: Floats, a: End, b: End, rim_mm: float) -> NDArray[np.bool_]:
-    """Whether points (n, 3) lie in front of both ends' faces, or not far behind where these are ragged."""
-    front = np.ones(len(position), bool)
-    for end in (a, b):
-        if not end.is_side:
-            ahead = position - end.point_mm
-            height = ahead @ end.outward
-            across = ahead - height[:, None] * end.outward
-            near = np.linalg.norm(ahead, axis=1) < 3 * end.radius_mm + 2
-            front &= ~(near & (height < across @ end.tilt - min(rim_mm, max(1.5 * end.rag_mm, 0.1))))
-    return front
+def _rim(end: End) -> float:
+    """How far behind an end's face it may be painted: where it is ragged."""
+    return min(_RIM_MM, max(1.5 * end.rag_mm, 0.1))
+
+
+def _lean(end: End, along: Floats) -> Floats:
+    """How an end's face leans against the plane across a curve: going across by v, one is `lean @ v` further along."""
+    if end.is_side:
+        return np.zeros(3)
+    normal = end.outward - end.tilt
+    upright = float(normal @ along)
+    if abs(upright) < 0.3 * float(np.linalg.norm(normal)):
+        return np.zeros(3)
+    lean = along - normal / upright
+    return np.asarray(lean * min(1.0, 4.0 / max(1e-9, float(np.linalg.norm(lean)))))
 
 
 def _hermite(a: End, b: End) -> Floats:
@@ -750,7 +837,8 @@ def _hermite(a: End, b: End) -> Floats:
     else:
         p1 = b.point_mm - _back(b) * b.outward
         length = float(np.linalg.norm(p1 - p0))
-        m0, m1 = (((1 - _CHORD) * d + _CHORD * chord) * length for d in (a.outward, -b.outward))
+        shares = (_CHORD_CUT if end.cut else _CHORD for end in (a, b))
+        m0, m1 = (((1 - c) * d + c * chord) * length for c, d in zip(shares, (a.outward, -b.outward), strict=True))
     t = np.linspace(0, 1, max(3, int(np.ceil(1.1 * length / _STEP_MM))))[:, None]
     return np.asarray(
         (2 * t**3 - 3 * t**2 + 1) * p0 + (t**3 - 2 * t**2 + t) * m0 + (3 * t**2 - 2 * t**3) * p1 + (t**3 - t**2) * m1
@@ -768,20 +856,4 @@ def _frames(line: Floats) -> Floats:
     tangent /= np.linalg.norm(tangent, axis=1)[:, None]
     first = np.cross(tangent[0], np.eye(3)[np.argmin(np.abs(tangent[0]))])
     first /= np.linalg.norm(first)
-    frames = np.empty((len(line), 2, 3))
-    for k in range(len(line)):
-        if k:
-            first = _turn(tangent[k - 1], tangent[k]) @ first
-        first = first - (first @ tangent[k]) * tangent[k]
-        first /= np.linalg.norm(first)
-        frames[k] = first, np.cross(tangent[k], first)
-    return frames
-
-
-def _turn(a: Floats, b: Floats) -> Floats:
-    """The smallest rotation that takes unit vector a to unit vector b."""
-    cross, cos = np.cross(a, b), float(a @ b)
-    if cos < -1 + 1e-9:
-        return np.asarray(np.eye(3))
-    skew = np.array([[0, -cross[2], cross[1]], [cross[2], 0, -cross[0]], [-cross[1], cross[0], 0]])
-    return np.asarray(np.eye(3) + skew + skew @ skew / (1 + cos))
+    return np.asarray(kernels.carry_frames(tangent, first))

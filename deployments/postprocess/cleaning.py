@@ -152,7 +152,7 @@ def clean(
             )
     out, array = masks.writable(mask, [n for pair in split.values() for n in pair])
     ml = mask.voxel_volume_mm3 / 1000
-    middle = masks.midline(out.reoriented("LPS")) if split else 0.0
+    middle = masks.midline(array) if split else 0.0
     boxes = ndimage.find_objects(array.astype(np.int32) if array.dtype.itemsize > 4 else array)
     rows: dict[str, dict[str, Any]] = {}
     for done, number in enumerate(sorted({*numbers, *split})):

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from scangraph.contracts import Component, Port
 
 #: Every component's outputs change with this stage's algorithms.
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 class _Parameters(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,7 +31,7 @@ class Postprocess(Stage):
     """Masks to masks."""
 
     def __init__(self) -> None:
-        from deployments.postprocess import cleaning, fat, repairing, skeletons, templates
+        from deployments.postprocess import cleaning, fat, repairing, skeletons, templates, warming
 
         self._cleaning, self._fat, self._repairing = cleaning, fat, repairing
         self._skeletons, self._templates = skeletons, templates
@@ -45,6 +46,8 @@ class Postprocess(Stage):
                 SAMPLE: self._sample,
             }
         )
+        # The first request need not wait for the compiler, nor the start for it.
+        threading.Thread(target=warming.compile_kernels, name="compile", daemon=True).start()
 
     def _merge(self, inputs: Mapping[str, Any], parameters: MergeParameters, report: Report) -> StepOutput:
         done = self._cleaning.merge(inputs["masks"], **parameters.model_dump(), on_progress=report)

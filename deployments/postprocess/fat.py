@@ -23,6 +23,9 @@ _SINUS_MM = 12.0
 #: Labels that bound the retroperitoneum, so that a hull around all labels means the body: spine, muscles, ribs, hips.
 _WALL = frozenset({*range(25, 51), 77, 78, *range(80, 90), *range(92, 118)})
 
+#: At the flank the wall's muscles have no label; there the hull of the labels ends inside of them, in fat (mm).
+_FLANK_MM = 10.0
+
 
 @dataclass(frozen=True)
 class Fat:
@@ -63,7 +66,7 @@ def perirenal_fat(
         hu = np.asarray(mask.with_array(np.asarray(hu)).reoriented("LPS").array, np.float32)
     out, array = masks.writable(mask, (FAT,))
     spacing = np.asarray(out.reoriented("LPS").spacing_mm)
-    middle = masks.midline(out.reoriented("LPS"))
+    middle = masks.midline(array)
     # Fat that the mask has already is found again, not an obstacle.
     array[array == FAT] = 0
     sides = kidneys_by_side(array, middle)
@@ -79,7 +82,7 @@ def perirenal_fat(
     for side, (box, distance, own) in distances.items():
         near = (distance <= distance_mm) & (array[box] == 0)
         if walled:
-            near &= _hull(array, box)
+            near &= _hull(array, box, spacing)
         for other, (other_box, other_distance, _) in distances.items():
             if other != side:
                 near &= distance <= _in_box(other_distance, other_box, box)
@@ -153,20 +156,20 @@ def _in_box(values: NDArray[np.float32], box: tuple[slice, ...], wanted: tuple[s
     return out
 
 
-def _hull(array: NDArray[np.unsignedinteger], box: tuple[slice, ...]) -> NDArray[np.bool_]:
-    """Slice by slice, the convex hull of everything that has a label: what is inside the ribs and muscles."""
+def _hull(array: NDArray[np.unsignedinteger], box: tuple[slice, ...], spacing: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Slice by slice, the convex hull of everything that has a label, and `_FLANK_MM` around: what the body's wall encloses."""
     inside = np.ones([s.stop - s.start for s in box], bool)
     yy, xx = np.mgrid[box[1], box[2]]
-    points = np.stack([yy.ravel(), xx.ravel()], axis=1)
+    points = np.stack([yy.ravel(), xx.ravel()], axis=1) * spacing[1:]
     for k, z in enumerate(range(box[0].start, box[0].stop)):
         found = np.argwhere(array[z] != 0)
         if len(found) < 3:
             continue
         try:
-            planes = ConvexHull(found).equations
+            planes = ConvexHull(found * spacing[1:]).equations
         except QhullError:  # all on one line
             continue
-        inside[k] = (points @ planes[:, :2].T + planes[:, 2] <= 0.5).all(axis=1).reshape(yy.shape)
+        inside[k] = (points @ planes[:, :2].T + planes[:, 2] <= _FLANK_MM).all(axis=1).reshape(yy.shape)
     return inside
 
 

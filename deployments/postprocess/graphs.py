@@ -112,16 +112,9 @@ class CugraphBackend:
         self._cudf, self._cugraph = cudf, cugraph
 
     def _made(self, graph: Graph, sources: NDArray[np.int64] | None = None) -> Any:
-        """Return the graph on the device. `sources` get a common neighbour, node n: cugraph's paths start from one node."""
-        rows = np.repeat(np.arange(graph.nodes), np.diff(graph.indptr))
-        once = rows < graph.indices
-        source, target, weight = rows[once], graph.indices[once].astype(np.int64), graph.weights[once]
-        if sources is not None:
-            source = np.concatenate([source, np.full(len(sources), graph.nodes)])
-            target = np.concatenate([target, sources])
-            weight = np.concatenate([weight, np.ones(len(sources))])
+        """Return the graph on the device."""
         made = self._cugraph.Graph(directed=False)
-        frame = self._cudf.DataFrame({"source": source, "target": target, "weight": weight})
+        frame = self._cudf.DataFrame(dict(zip(("source", "target", "weight"), edge_list(graph, sources), strict=True)))
         made.from_cudf_edgelist(frame, source="source", destination="target", edge_attr="weight", renumber=True)
         return made
 
@@ -148,15 +141,43 @@ class CugraphBackend:
     def shortest_paths(self, graph: Graph, sources: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """See `GraphBackend`."""
         found = self._cugraph.sssp(self._made(graph, sources), source=graph.nodes)
-        vertex = found["vertex"].to_numpy()
-        distance, before = np.full(graph.nodes + 1, np.inf), np.full(graph.nodes + 1, -1, np.int64)
-        distance[vertex], before[vertex] = found["distance"].to_numpy(), found["predecessor"].to_numpy()
-        distance = np.where(distance < 1e300, distance - 1.0, np.inf)[:-1]  # unreached ones have the largest float
-        distance[sources] = 0.0
-        before = before[:-1]
-        before[(before == graph.nodes) | np.isinf(distance)] = -1
-        before[sources] = -1
-        return distance, before
+        columns = (found[name].to_numpy() for name in ("vertex", "distance", "predecessor"))
+        return paths_without_source(graph, sources, *columns)
+
+
+def edge_list(
+    graph: Graph, sources: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return each edge once, as its ends and its weight.
+
+    `sources` get a common neighbour, node n, at distance 1: cugraph's paths start from one node.
+    """
+    rows = np.repeat(np.arange(graph.nodes), np.diff(graph.indptr))
+    once = rows < graph.indices
+    source, target, weight = rows[once], graph.indices[once].astype(np.int64), graph.weights[once]
+    if sources is not None:
+        source = np.concatenate([source, np.full(len(sources), graph.nodes)])
+        target = np.concatenate([target, sources])
+        weight = np.concatenate([weight, np.ones(len(sources))])
+    return source, target, weight
+
+
+def paths_without_source(
+    graph: Graph,
+    sources: NDArray[np.int64],
+    vertex: NDArray[np.int64],
+    found_mm: NDArray[np.float64],
+    found_before: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Turn the paths from the common neighbour of the sources, in any order of vertices, into those from the sources."""
+    distance, before = np.full(graph.nodes + 1, np.inf), np.full(graph.nodes + 1, -1, np.int64)
+    distance[vertex], before[vertex] = found_mm, found_before
+    distance = np.where(distance < 1e300, distance - 1.0, np.inf)[:-1]  # unreached ones have the largest float
+    distance[sources] = 0.0
+    before = before[:-1]
+    before[(before == graph.nodes) | np.isinf(distance)] = -1
+    before[sources] = -1
+    return distance, before
 
 
 def pick_backend(nodes: int, wanted: Literal["auto", "scipy", "cugraph"] = "auto") -> GraphBackend:

@@ -16,7 +16,7 @@ OFFSETS = np.array([o for o in itertools.product((-1, 0, 1), repeat=3) if any(o)
 
 
 @numba.njit(cache=True, nogil=True)
-def link_neighbours(index, shape):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def link_neighbours(index, shape):
     """Return (n, 26) int32: the place in the list of each voxel's neighbours, -1 for background, -2 outside the volume.
 
     Each of the 13 neighbours that come earlier is found by a second finger that only moves forward: keys are sorted.
@@ -48,7 +48,7 @@ def link_neighbours(index, shape):  # type: ignore[no-untyped-def]  # pragma: no
 
 
 @numba.njit(cache=True, nogil=True)
-def distance_to_background(linked, spacing):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def distance_to_background(linked, spacing):
     """Return (n,) float64, mm: how far each voxel's centre is from the nearest background voxel's; what is outside is none.
 
     Vector propagation (Danielsson 1980) along the list, forth and back until nothing changes.
@@ -91,7 +91,7 @@ def distance_to_background(linked, spacing):  # type: ignore[no-untyped-def]  # 
 
 
 @numba.njit(cache=True, nogil=True)
-def voxel_graph(linked, spacing, cost):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def voxel_graph(linked, spacing, cost):
     """Return the neighbourhood as a CSR matrix (data, indices, indptr); an edge weighs its length times its ends' mean cost."""
     n = len(linked)
     indptr = np.zeros(n + 1, np.int32)
@@ -120,7 +120,7 @@ def voxel_graph(linked, spacing, cost):  # type: ignore[no-untyped-def]  # pragm
 
 
 @numba.njit(cache=True, nogil=True)
-def lengths_along(order, predecessor, position):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def lengths_along(order, predecessor, position):
     """Return (n,) float64, mm: the length of the way that leads to each voxel; `order` has predecessors first."""
     length = np.zeros(len(position))
     for i in order:
@@ -134,7 +134,7 @@ def lengths_along(order, predecessor, position):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def trace_branches(farthest, predecessor, linked, position, reach):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def trace_branches(farthest, predecessor, linked, position, reach):
     """Find the branches of every piece's centreline (TEASAR: Sato et al. 2000).
 
     From the voxel that is farthest away and not yet covered, follow the way back until it meets what there is; then cover all
@@ -220,7 +220,7 @@ def trace_branches(farthest, predecessor, linked, position, reach):  # type: ign
 
 
 @numba.njit(cache=True, nogil=True)
-def components(linked):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def components(linked):
     """Return (n,) int64: the number of each voxel's 26-connected piece, from 0, in the order of their first voxels."""
     n = len(linked)
     number = np.full(n, -1, np.int64)
@@ -246,85 +246,211 @@ def components(linked):  # type: ignore[no-untyped-def]  # pragma: no cover – 
 
 
 @numba.njit(cache=True, nogil=True)
-def warp_labels(out, source, keep, matrix, offset, field, field_matrix, field_offset):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
-    """Paint the background of `out` with what `source` has where a map leads.
+def warp_plane(plane, z, source, matrix, offset, field, scale, shift, painted):
+    """Paint the background of one plane with what `source` has where a map leads.
 
     Parameters
     ----------
-    out, source : unsigned, (z, y, x)
-        Only voxels of `out` that are 0 are painted.
-    keep : bool, (numbers,)
-        Which of the source's labels come along.
+    plane : uint16, (y, x)
+        Plane `z` of the painted volume. Only voxels that are 0 are painted.
+    source : uint16, (z, y, x)
+        0 where there is nothing to paint.
     matrix, offset : float64, (3, 3) and (3,)
-        Affine map from index in `out` to index in `source`.
+        Affine map from index in the painted volume to index in `source`.
     field : float32, (3, a, b, c)
         Added to the mapped index; trilinear between its nodes, held at the border.
-    field_matrix, field_offset : float64, (3,) and (3,)
-        Index in `out` to index in `field`, per axis.
-
-    Returns
-    -------
-    painted : int64
+    scale, shift : float64, (3,) and (3,)
+        From index in the painted volume to index in `field`, per axis.
+    painted : bool, (65536,)
+        Numbers that were painted become True.
     """
-    nz, ny, nx = out.shape
+    ny, nx = plane.shape
     sz, sy, sx = source.shape
     fa, fb, fc = field.shape[1:]
     row = np.empty((fc, 3))  # the field along x, at this z and y
-    painted = 0
-    for z in range(nz):
-        az = min(max(field_matrix[0] * z + field_offset[0], 0.0), fa - 1.000001)
-        i = int(az)
-        wz = az - i
-        for y in range(ny):
-            ay = min(max(field_matrix[1] * y + field_offset[1], 0.0), fb - 1.000001)
-            j = int(ay)
-            wy = ay - j
-            for k in range(fc):
-                for a in range(3):
-                    front = (1 - wy) * field[a, i, j, k] + wy * field[a, i, j + 1, k]
-                    back = (1 - wy) * field[a, i + 1, j, k] + wy * field[a, i + 1, j + 1, k]
-                    row[k, a] = (1 - wz) * front + wz * back
-            for x in range(nx):
-                if out[z, y, x] != 0:
+    start = np.empty(3)
+    step = np.empty(3)
+    az = min(max(scale[0] * z + shift[0], 0.0), fa - 1.000001)
+    i = int(az)
+    wz = az - i
+    for y in range(ny):
+        ay = min(max(scale[1] * y + shift[1], 0.0), fb - 1.000001)
+        j = int(ay)
+        wy = ay - j
+        for k in range(fc):
+            for a in range(3):
+                front = (1 - wy) * field[a, i, j, k] + wy * field[a, i, j + 1, k]
+                back = (1 - wy) * field[a, i + 1, j, k] + wy * field[a, i + 1, j + 1, k]
+                row[k, a] = (1 - wz) * front + wz * back
+        first = 0
+        while first < nx:
+            # Between two nodes, and outside of all, the map is straight along x.
+            ax = scale[2] * first + shift[2]
+            k = min(max(int(np.floor(ax)), -1), fc - 1)
+            stop = nx
+            if k < fc - 1:
+                stop = min(nx, max(first + 1, int(np.ceil((k + 1 - shift[2]) / scale[2]))))
+            for a in range(3):
+                start[a] = matrix[a, 0] * z + matrix[a, 1] * y + matrix[a, 2] * first + offset[a] + 0.5
+                step[a] = matrix[a, 2]
+                if 0 <= k < fc - 1:
+                    slope = row[k + 1, a] - row[k, a]
+                    start[a] += row[k, a] + (ax - k) * slope
+                    step[a] += slope * scale[2]
+                else:
+                    start[a] += row[max(k, 0), a]
+            for x in range(first, stop):
+                if plane[y, x] != 0:
                     continue
-                ax = min(max(field_matrix[2] * x + field_offset[2], 0.0), fc - 1.000001)
-                k = int(ax)
-                w = ax - k
-                pz = matrix[0, 0] * z + matrix[0, 1] * y + matrix[0, 2] * x + offset[0]
-                py = matrix[1, 0] * z + matrix[1, 1] * y + matrix[1, 2] * x + offset[1]
-                px = matrix[2, 0] * z + matrix[2, 1] * y + matrix[2, 2] * x + offset[2]
-                iz = int(np.floor(pz + (1 - w) * row[k, 0] + w * row[k + 1, 0] + 0.5))
-                iy = int(np.floor(py + (1 - w) * row[k, 1] + w * row[k + 1, 1] + 0.5))
-                ix = int(np.floor(px + (1 - w) * row[k, 2] + w * row[k + 1, 2] + 0.5))
-                if iz < 0 or iy < 0 or ix < 0 or iz >= sz or iy >= sy or ix >= sx:
+                n = x - first
+                pz = start[0] + n * step[0]
+                py = start[1] + n * step[1]
+                px = start[2] + n * step[2]
+                if pz < 0 or py < 0 or px < 0:
+                    continue
+                iz, iy, ix = int(pz), int(py), int(px)
+                if iz >= sz or iy >= sy or ix >= sx:
                     continue
                 number = source[iz, iy, ix]
-                if keep[number]:
-                    out[z, y, x] = number
-                    painted += 1
-    return painted
+                if number != 0:
+                    plane[y, x] = number
+                    painted[number] = True
+            first = stop
 
 
 @numba.njit(cache=True, nogil=True)
-def paint_balls(out, centres, radii, spacing, number):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
-    """Paint balls (box millimetres) into the background; return how many voxels were painted."""
-    painted = 0
+def paint_balls(inside, centres, radii, spacing):
+    """Set what lies in one of the balls (box millimetres), in a boolean volume."""
     for n in range(len(centres)):
         r = radii[n]
         low = np.empty(3, np.int64)
         high = np.empty(3, np.int64)
         for a in range(3):
-            low[a] = max(0, int(np.floor((centres[n, a] - r) / spacing[a])))
-            high[a] = min(out.shape[a] - 1, int(np.ceil((centres[n, a] + r) / spacing[a])))
+            low[a] = max(0, int(np.ceil((centres[n, a] - r) / spacing[a])))
+            high[a] = min(inside.shape[a] - 1, int(np.floor((centres[n, a] + r) / spacing[a])))
         for z in range(low[0], high[0] + 1):
+            dz = (z * spacing[0] - centres[n, 0]) ** 2
             for y in range(low[1], high[1] + 1):
+                dy = dz + (y * spacing[1] - centres[n, 1]) ** 2
                 for x in range(low[2], high[2] + 1):
-                    d = (
-                        (z * spacing[0] - centres[n, 0]) ** 2
-                        + (y * spacing[1] - centres[n, 1]) ** 2
-                        + (x * spacing[2] - centres[n, 2]) ** 2
-                    )
-                    if d <= r * r and out[z, y, x] == 0:
-                        out[z, y, x] = number
-                        painted += 1
-    return painted
+                    if dy + (x * spacing[2] - centres[n, 2]) ** 2 <= r * r:
+                        inside[z, y, x] = True
+
+
+@numba.njit(cache=True, nogil=True)
+def jacobian(matrix, field, spacing):
+    """Return the determinant of the derivative of `matrix @ p + field(p)` at the nodes of a lattice.
+
+    Central differences, one-sided at the border.
+    """
+    nz, ny, nx = field.shape[1:]
+    out = np.empty((nz, ny, nx), np.float32)
+    d = np.empty((3, 3))
+    whole, half = 1.0 / spacing, 0.5 / spacing
+    for z in range(nz):
+        z0, z1 = max(z - 1, 0), min(z + 1, nz - 1)
+        in_z = half if z1 - z0 == 2 else whole
+        for y in range(ny):
+            y0, y1 = max(y - 1, 0), min(y + 1, ny - 1)
+            in_y = half if y1 - y0 == 2 else whole
+            for x in range(nx):
+                x0, x1 = max(x - 1, 0), min(x + 1, nx - 1)
+                in_x = half if x1 - x0 == 2 else whole
+                for a in range(3):
+                    d[a, 0] = matrix[a, 0] + in_z * (field[a, z1, y, x] - field[a, z0, y, x])
+                    d[a, 1] = matrix[a, 1] + in_y * (field[a, z, y1, x] - field[a, z, y0, x])
+                    d[a, 2] = matrix[a, 2] + in_x * (field[a, z, y, x1] - field[a, z, y, x0])
+                out[z, y, x] = (
+                    d[0, 0] * (d[1, 1] * d[2, 2] - d[1, 2] * d[2, 1])
+                    - d[0, 1] * (d[1, 0] * d[2, 2] - d[1, 2] * d[2, 0])
+                    + d[0, 2] * (d[1, 0] * d[2, 1] - d[1, 1] * d[2, 0])
+                )
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def carry_frames(tangent, first):
+    """Return (k, 2, 3): two unit vectors across a curve at each of its k points, turning with it and not around it.
+
+    From point to point by the smallest rotation (parallel transport, Bishop 1975; Rodrigues' formula). `tangent` (k, 3) are
+    unit vectors, `first` (3,) is across the first one.
+    """
+    n = len(tangent)
+    frames = np.empty((n, 2, 3))
+    u = first.copy()
+    w = np.empty(3)
+    c = np.empty(3)
+    cc = np.empty(3)
+    for k in range(n):
+        t = tangent[k]
+        if k:
+            s = tangent[k - 1]
+            cos = s[0] * t[0] + s[1] * t[1] + s[2] * t[2]
+            if cos >= -1 + 1e-9:
+                _cross(s, t, w)
+                _cross(w, u, c)
+                _cross(w, c, cc)
+                for a in range(3):
+                    u[a] += c[a] + cc[a] / (1 + cos)
+        along = u[0] * t[0] + u[1] * t[1] + u[2] * t[2]
+        for a in range(3):
+            u[a] -= along * t[a]
+        length = np.sqrt(u[0] ** 2 + u[1] ** 2 + u[2] ** 2)
+        for a in range(3):
+            u[a] /= length
+            frames[k, 0, a] = u[a]
+        _cross(t, u, frames[k, 1])
+    return frames
+
+
+@numba.njit(cache=True, nogil=True)
+def _cross(a, b, out):
+    out[0] = a[1] * b[2] - a[2] * b[1]
+    out[1] = a[2] * b[0] - a[0] * b[2]
+    out[2] = a[0] * b[1] - a[1] * b[0]
+
+
+@numba.njit(cache=True, nogil=True)
+def cross_planes(position, line, tangent, frames, slope):
+    """Find between which of a curve's planes each voxel lies, and where in them.
+
+    Parameters
+    ----------
+    position : (n, 3) float64
+        Voxels, mm.
+    line, tangent : (k, 3) float64
+        The curve's points, mm, and its unit directions there.
+    frames : (k, 2, 3) float64
+        Across it.
+    slope : (k, 2) float64
+        How far the plane leans forward per mm along each vector of the frame.
+
+    Returns
+    -------
+    nearest : (n,) int64
+        The plane behind the voxel; of several the one whose point is nearest; -1 where it lies between none.
+    u, v : (n,) float64
+        Coordinates in that plane, mm.
+    """
+    n, k = len(position), len(line)
+    nearest = np.full(n, -1, np.int64)
+    u, v = np.zeros(n), np.zeros(n)
+    for i in range(n):
+        best = np.inf
+        was_ahead = False
+        u_before = v_before = 0.0
+        for j in range(k):
+            along = u_here = v_here = 0.0
+            for a in range(3):
+                d = position[i, a] - line[j, a]
+                along += d * tangent[j, a]
+                u_here += d * frames[j, 0, a]
+                v_here += d * frames[j, 1, a]
+            ahead = along - u_here * slope[j, 0] - v_here * slope[j, 1] >= 0
+            if was_ahead and not ahead:
+                off = u_before * u_before + v_before * v_before
+                if off < best:
+                    best = off
+                    nearest[i], u[i], v[i] = j - 1, u_before, v_before
+            was_ahead, u_before, v_before = ahead, u_here, v_here
+    return nearest, u, v

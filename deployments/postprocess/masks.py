@@ -122,12 +122,11 @@ def writable(mask: LabelMap, labels: Iterable[int] = ()) -> tuple[LabelMap, NDAr
     return copy, copy.reoriented("LPS").array
 
 
-def midline(turned: LabelMap) -> float:
-    """Return the x index (fraction) of the body's middle in a mask turned to LPS: right is below, left above.
+def midline(array: NDArray[np.unsignedinteger]) -> float:
+    """Return the x index (fraction) of the body's middle in an array turned to LPS: right is below, left above.
 
     From what lies in the middle or on both sides: the kidneys, the spine, the great vessels; else the middle of all labels.
     """
-    array = turned.array
     counts = {number: np.zeros(array.shape[2]) for number in _MIDDLE}
     rows = np.isin(array, _MIDDLE)
     for z in np.flatnonzero(rows.any(axis=(1, 2))):

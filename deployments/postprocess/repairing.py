@@ -133,7 +133,7 @@ def _repair(
     spacing = turned.spacing_mm
     if hu is not None:
         hu = mask.with_array(np.asarray(hu)).reoriented("LPS").array
-    middle = masks.midline(turned) if sided else 0.0
+    middle = masks.midline(array) if sided else 0.0
     facts: dict[str, Any] = {
         "bridges": [],
         "rejected": [],

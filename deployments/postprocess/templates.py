@@ -87,7 +87,7 @@ class Alignment:
 
     def jacobian(self) -> NDArray[np.float64]:
         """Determinant of the map's derivative at the lattice's nodes."""
-        return _determinant(self.matrix, self.field_mm)
+        return np.asarray(kernels.jacobian(self.matrix, self.field_mm, FIELD_MM), np.float64)
 
 
 def sample(mask: LabelMap, template: LabelMap | None = None, *, on_progress: masks.Report = masks.silent) -> Sample:
@@ -124,17 +124,21 @@ def sample(mask: LabelMap, template: LabelMap | None = None, *, on_progress: mas
     on_progress(1, 3, "carrying")
     carried = [n for n in there if n not in found and n not in DISEASE and n not in _same_as(found)]
     out, array = masks.writable(mask, carried)
-    _carry(array, patient, pattern, alignment, [n for n in carried if n not in TUBES])
+    arrived = _carry(array, patient, pattern, alignment, [n for n in carried if n not in TUBES])
     on_progress(2, 3, "tubes")
-    tubes = [n for n in carried if n in TUBES]
-    for number in tubes:
-        _carry_tube(array, patient, pattern, alignment, number)
+    arrived += [n for n in carried if n in TUBES and _carry_tube(array, patient, pattern, alignment, n)]
     dice = shared_dice(small_patient, small_pattern, alignment, one, other, shared)
     facts = {
         "template": "built-in synthetic patient" if synthetic else "given",
         "shared_dice": {str(n): round(d, 4) for n, d in dice.items()},
         "least_jacobian": round(float(alignment.jacobian().min()), 4),
-        "structures": _confidences(out, small_patient, one, shared, dice, carried),
+        "structures": _confidences(
+            out,
+            found,
+            arrived,
+            np.concatenate([_surface(one[n], small_patient.origin_mm, n)[0] for n in shared]),
+            float(np.mean(list(dice.values()))),
+        ),
     }
     on_progress(3, 3, "done")
     warnings = ["Structures from the template are a guess from another anatomy, the worse the farther from what is known."]
@@ -167,11 +171,10 @@ def _same_as(found: Iterable[int]) -> set[int]:
 
 @dataclass(frozen=True)
 class Coarse:
-    """A mask on a lattice of `WORK_MM`, the first node at `origin_mm` (z, y, x); `middle_mm` parts right from left."""
+    """A mask on a lattice of `WORK_MM`, the first node at `origin_mm` (z, y, x)."""
 
     array: NDArray[np.unsignedinteger]
     origin_mm: Floats
-    middle_mm: float
 
 
 def coarse(turned: LabelMap) -> Coarse:
@@ -184,27 +187,32 @@ def coarse(turned: LabelMap) -> Coarse:
         for a in range(3)
     ]
     array = np.ascontiguousarray(turned.array[np.ix_(*picks)])
-    return Coarse(array, first, masks.midline(turned) * float(spacing[2]))
+    return Coarse(array, first)
 
 
 def structures(work: Coarse) -> dict[int, NDArray[np.bool_]]:
     """Return what can be aligned: each label, and each kidney whole, with its tumor and cysts, under its side's number."""
     array = work.array
-    x = work.origin_mm[2] + np.arange(array.shape[2]) * WORK_MM
-    left = np.broadcast_to(x >= work.middle_mm, array.shape)
-    disease = np.isin(array, tuple(DISEASE))
+    left = np.arange(array.shape[2]) >= masks.midline(array)
     out = {}
+    boxes = ndimage.find_objects(array)
+    numbers = [n for n, box in enumerate(boxes, 1) if box is not None]
+    disease = sorted(DISEASE.intersection(numbers))
+    parts = ndimage.label(np.isin(array, disease))[0] if disease else None
     for side, mine in ((masks.KIDNEY_RIGHT, ~left), (masks.KIDNEY_LEFT, left)):
-        kidney = (array == side) | ((array == masks.KIDNEY) & mine)
-        if kidney.any():
-            near = ndimage.binary_dilation(kidney, iterations=2)
-            parts, _ = ndimage.label(disease)
-            touching = np.unique(parts[near & disease])
-            out[side] = kidney | (np.isin(parts, touching[touching > 0]))
-    for number in np.unique(array):
-        if number and number not in DISEASE and number not in {masks.KIDNEY, masks.KIDNEY_RIGHT, masks.KIDNEY_LEFT, *TUBES}:
-            out[int(number)] = array == number
-    return {number: part for number, part in out.items() if part.sum() >= 30}
+        kidney = array == side
+        if masks.KIDNEY in numbers:
+            kidney |= (array == masks.KIDNEY) & mine
+        if parts is not None and kidney.any():
+            box = tuple(slice(max(0, s.start - 2), s.stop + 2) for s in ndimage.find_objects(kidney.view(np.uint8))[0])
+            near = ndimage.binary_dilation(kidney[box], iterations=2)
+            touching = np.unique(parts[box][near])
+            kidney |= np.isin(parts, touching[touching > 0])
+        out[side] = kidney
+    for number in numbers:
+        if number not in {*DISEASE, masks.KIDNEY, masks.KIDNEY_RIGHT, masks.KIDNEY_LEFT, *TUBES}:
+            out[number] = array == number
+    return {number: part for number, part in out.items() if np.count_nonzero(part) >= 30}
 
 
 def _surface(part: NDArray[np.bool_], origin: Floats, seed: int) -> tuple[Floats, Floats]:
@@ -243,6 +251,7 @@ def align(
     theirs = {n: _surface(other[n], pattern.origin_mm, n) for n in shared}
     trees = {n: cKDTree(theirs[n][1]) for n in shared}
     matrix, offset = _affine(mine, {n: t[0] for n, t in theirs.items()}, trees)
+    matrix = np.ascontiguousarray(matrix)  # one order, one compiled loop
 
     shape = tuple(int(np.ceil(n * WORK_MM / FIELD_MM)) + 1 for n in patient.array.shape)
     field = np.zeros((3, *shape), np.float32)
@@ -339,7 +348,7 @@ def _pull(
 
 def _spread(wanted: Floats, weight: Floats, cells: Any, shape: tuple[int, ...], width: float) -> NDArray[np.float32]:
     """Spread displacements from the surfaces by a normalised Gaussian; where no surface is near, there is none."""
-    step = max(1, int(width / FIELD_MM / 2.5))  # a wide Gaussian needs no fine lattice
+    step = max(1, int(width / FIELD_MM / 1.5))  # a wide Gaussian needs no fine lattice
     small = tuple(-(-n // step) for n in shape)
     at = np.ravel_multi_index(tuple(np.minimum(c // step, s - 1) for c, s in zip(cells, small, strict=True)), small)
     sigma = width / FIELD_MM / step
@@ -363,25 +372,17 @@ def _spread(wanted: Floats, weight: Floats, cells: Any, shape: tuple[int, ...], 
     return np.stack(parts).astype(np.float32)
 
 
-def _determinant(matrix: Floats, field: NDArray[np.float32]) -> NDArray[np.float64]:
-    rows = [[np.gradient(field[a], FIELD_MM, axis=b) + np.float32(matrix[a, b]) for b in range(3)] for a in range(3)]
-    return np.asarray(
-        rows[0][0] * (rows[1][1] * rows[2][2] - rows[1][2] * rows[2][1])
-        - rows[0][1] * (rows[1][0] * rows[2][2] - rows[1][2] * rows[2][0])
-        + rows[0][2] * (rows[1][0] * rows[2][1] - rows[1][1] * rows[2][0])
-    )
-
-
 def _without_folds(matrix: Floats, base: float, field: NDArray[np.float32], step: NDArray[np.float32]) -> NDArray[np.float32]:
     """Add a step, shortened where it would fold space."""
-    share: Any = 1.0
+    share = np.ones(field.shape[1:], np.float32)
     for _ in range(6):
         moved = field + share * step
-        bad = _determinant(matrix, moved) < _LEAST_JACOBIAN * base
+        bad = kernels.jacobian(matrix, moved, FIELD_MM) < _LEAST_JACOBIAN * base
         if not bad.any():
-            return np.asarray(moved, np.float32)
-        around = ndimage.gaussian_filter(ndimage.binary_dilation(bad, iterations=2).astype(np.float32), 2.0)
-        share = share * (1 - np.minimum(1.0, 1.5 * around))
+            return moved
+        box = tuple(slice(max(0, s.start - 10), s.stop + 10) for s in ndimage.find_objects(bad.view(np.uint8))[0])
+        around = ndimage.gaussian_filter(ndimage.binary_dilation(bad[box], iterations=2).astype(np.float32), 2.0)
+        share[box] *= 1 - np.minimum(1.0, 1.5 * around)
     return field
 
 
@@ -398,21 +399,33 @@ def shared_dice(
     for n in shared:
         merged[other[n]] = n
     out = np.zeros(patient.array.shape, np.uint16)
-    keep = np.zeros(65536, bool)
-    keep[shared] = True
-    _warp(out, merged, keep, patient.origin_mm, WORK_MM, pattern.origin_mm, WORK_MM, alignment)
+    _warp(out, merged, patient.origin_mm, WORK_MM, pattern.origin_mm, WORK_MM, alignment)
     return {n: 2 * float(((out == n) & one[n]).sum()) / float((out == n).sum() + one[n].sum()) for n in shared}
 
 
 def _warp(
-    out: Any, source: Any, keep: Any, origin: Any, spacing: Any, source_origin: Any, source_spacing: Any, alignment: Alignment
-) -> int:
+    out: NDArray[np.unsignedinteger],
+    source: NDArray[np.uint16],
+    origin: Any,
+    spacing: Any,
+    source_origin: Any,
+    source_spacing: Any,
+    alignment: Alignment,
+) -> list[int]:
+    """Paint the background of `out` with the source, and return the numbers that were painted."""
     spacing, source_spacing = np.broadcast_to(spacing, 3).astype(float), np.broadcast_to(source_spacing, 3).astype(float)
     matrix = alignment.matrix * spacing[None, :] / source_spacing[:, None]
     offset = (alignment.matrix @ np.asarray(origin) + alignment.offset - source_origin) / source_spacing
     field = np.ascontiguousarray(alignment.field_mm / source_spacing.astype(np.float32)[:, None, None, None])
     scale, shift = spacing / FIELD_MM, (np.asarray(origin) - alignment.origin_mm) / FIELD_MM
-    return int(kernels.warp_labels(out, source, keep, matrix, offset, field, scale, shift))
+    painted = np.zeros(65536, bool)
+    # Plane by plane through a buffer of one type and order: one compiled loop serves every mask.
+    buffer = np.empty(out.shape[1:], np.uint16)
+    for z, plane in enumerate(out):
+        buffer[...] = plane
+        kernels.warp_plane(buffer, z, source, matrix, offset, field, scale, shift, painted)
+        plane[...] = buffer
+    return [int(n) for n in np.flatnonzero(painted)]
 
 
 # --- carrying -----------------------------------------------------------------------------------------------------------------
@@ -420,58 +433,74 @@ def _warp(
 
 def _carry(
     array: NDArray[np.unsignedinteger], patient: LabelMap, pattern: LabelMap, alignment: Alignment, numbers: list[int]
-) -> None:
-    if numbers:
-        keep = np.zeros(int(np.iinfo(pattern.array.dtype).max) + 1 if pattern.array.dtype.itemsize <= 2 else 65536, bool)
-        keep[numbers] = True
-        source = np.ascontiguousarray(pattern.array)
-        _warp(array, source, keep, np.zeros(3), patient.spacing_mm, np.zeros(3), pattern.spacing_mm, alignment)
+) -> list[int]:
+    """Carry structures as voxels; return those that have arrived."""
+    if not numbers:
+        return []
+    wanted = np.zeros(65536, np.uint16)
+    wanted[numbers] = numbers
+    source = np.empty(pattern.shape, np.uint16)
+    for plane, own in zip(source, pattern.array, strict=True):
+        plane[...] = wanted[own]
+    return _warp(array, source, np.zeros(3), patient.spacing_mm, np.zeros(3), pattern.spacing_mm, alignment)
 
 
 def _carry_tube(
     array: NDArray[np.unsignedinteger], patient: LabelMap, pattern: LabelMap, alignment: Alignment, number: int
-) -> None:
-    """Carry a tube's centreline and radii, and paint it anew."""
+) -> bool:
+    """Carry a tube's centreline and radii, and paint it anew; return whether any of it has arrived."""
     voxels = find_voxels(pattern.array, (number,), pattern.spacing_mm)
     lines = trace(voxels)
     spacing = np.asarray(patient.spacing_mm)
     scale = float(np.abs(np.linalg.det(alignment.matrix)) ** (-1 / 3))
-    step = 0.5 * float(spacing.min())
+    least = 0.6 * float(spacing.max())  # thinner ones would fall through the grid
     centres, radii = [], []
     for chain in lines.chains:
         points = alignment.to_patient(lines.position_mm[chain])
+        wide = np.maximum(lines.radius_mm[chain] * scale, least)
         arc = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(points, axis=0), axis=1))])
-        even = np.linspace(0, arc[-1], max(2, int(arc[-1] / step) + 1))
+        # Balls half a radius apart leave dents of a thirtieth of it between them.
+        even = np.linspace(0, arc[-1], max(2, int(arc[-1] / (0.5 * float(wide.min()))) + 1))
         centres.append(np.stack([np.interp(even, arc, points[:, a]) for a in range(3)], axis=1))
-        radii.append(np.interp(even, arc, lines.radius_mm[chain]) * scale)
-    if centres:
-        least = 0.6 * float(spacing.max())  # thinner ones would fall through the grid
-        kernels.paint_balls(array, np.concatenate(centres), np.maximum(np.concatenate(radii), least), spacing, number)
+        radii.append(np.interp(even, arc, wide))
+    if not centres:
+        return False
+    centre, radius = np.concatenate(centres), np.concatenate(radii)
+    low = np.maximum(np.floor((centre - radius[:, None]).min(axis=0) / spacing), 0).astype(int)
+    high = np.minimum(np.ceil((centre + radius[:, None]).max(axis=0) / spacing) + 1, array.shape).astype(int)
+    if (low >= high).any():
+        return False
+    inside = np.zeros(tuple(high - low), bool)
+    kernels.paint_balls(inside, centre - low * spacing, radius, spacing)
+    box = array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    inside &= box == 0
+    box[inside] = number
+    return bool(inside.any())
 
 
 def _confidences(
     out: LabelMap,
-    patient: Coarse,
-    one: dict[int, NDArray[np.bool_]],
-    shared: list[int],
-    dice: dict[int, float],
-    carried: list[int],
+    found: Iterable[int],
+    carried: Iterable[int],
+    known: Floats,
+    quality: float,
 ) -> list[dict[str, Any]]:
-    """Say of each structure where it comes from and how far it can be trusted."""
-    known = np.zeros(patient.array.shape, bool)
-    for n in shared:
-        known |= one[n]
-    far = ndimage.distance_transform_edt(~known, sampling=(WORK_MM,) * 3)
+    """Say of each structure where it comes from and how far it can be trusted; `known` are points of the shared ones."""
     placed = coarse(out.reoriented("LPS"))
-    quality = float(np.mean(list(dice.values())))
+    tree = cKDTree(known)
     rows: list[dict[str, Any]] = []
-    for number in sorted(out.counts()):
+    carried = set(carried)
+    for number in sorted({*found, *carried}):
         name = out.label(number).name
         if number not in carried:
             rows.append({"label": number, "name": name, "source": "patient", "confidence": 1.0})
             continue
-        here = far[placed.array == number]
-        distance = float(here.mean()) if len(here) else float(far.max())
+        index = np.argwhere(placed.array == number)
+        # Carried, and thinner than the working lattice: nowhere near anything that is known.
+        distance = 10 * _TRUST_MM
+        if len(index):
+            some = index[:: max(1, len(index) // 500)] * WORK_MM + placed.origin_mm
+            distance = float(tree.query(some)[0].mean())
         confidence = quality * float(np.exp(-distance / _TRUST_MM))
         rows.append(
             {

@@ -64,7 +64,7 @@ BASE = Component(
 )
 PREVIEW = Component(
     id="smoothing/preview",
-    version="2.0.0",
+    version="2.1.0",
     title="Preview picture",
     description="Draws the scene from the front, the left and above, with a legend; beside it three slices of image and mask.",
     deployment="smoothing",

@@ -75,7 +75,7 @@ def split_quads(places_mm: NDArray[np.float32], quads: NDArray[np.int32]) -> NDA
 
 
 @numba.njit(cache=True, nogil=True)
-def _split(places, quads, out):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _split(places, quads, out):
     for q in range(quads.shape[0]):
         a, b, c, d = quads[q]
         first, second = np.float32(0), np.float32(0)
@@ -91,7 +91,7 @@ def _split(places, quads, out):  # type: ignore[no-untyped-def]  # pragma: no co
 
 
 @numba.njit(cache=True, nogil=True)
-def _quadrics(places, triangles):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _quadrics(places, triangles):
     """Return each vertex's quadric about itself: xx xy xz yy yz zz, x y z, constant, weight."""
     q = np.zeros((places.shape[0], 11), np.float32)
     for t in range(triangles.shape[0]):
@@ -116,7 +116,7 @@ def _quadrics(places, triangles):  # type: ignore[no-untyped-def]  # pragma: no 
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _cost(places, q, fixed, u, v):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _cost(places, q, fixed, u, v):
     """Return (squared error, cost, new place relative to u) of making one vertex of an edge's two."""
     tx, ty, tz = places[v, 0] - places[u, 0], places[v, 1] - places[u, 1], places[v, 2] - places[u, 2]
     m, r = q[u], q[v]
@@ -150,7 +150,7 @@ def _cost(places, q, fixed, u, v):  # type: ignore[no-untyped-def]  # pragma: no
 
 
 @numba.njit(cache=True, nogil=True)
-def _collapse(places, triangles, fixed, target, limit):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _collapse(places, triangles, fixed, target, limit):
     """Collapse edges, in place; triangles that are gone begin with -1."""
     n, left = places.shape[0], triangles.shape[0]
     q = _quadrics(places, triangles)
@@ -283,7 +283,7 @@ def _collapse(places, triangles, fixed, target, limit):  # type: ignore[no-untyp
 
 
 @numba.njit(cache=True, nogil=True)
-def _compact(pool, first, count, room, gone, skipped):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _compact(pool, first, count, room, gone, skipped):
     """Close the gaps in the pool and return its length; the lists of vertices that are gone, and of one more, are dropped."""
     old = pool.copy()
     at = 0
@@ -299,7 +299,7 @@ def _compact(pool, first, count, room, gone, skipped):  # type: ignore[no-untype
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge_quadrics(places, q, v, u, x, y, z):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _merge_quadrics(places, q, v, u, x, y, z):
     """Move v by (x, y, z) and give it both quadrics, about its new place."""
     nx, ny, nz = places[v, 0] + x, places[v, 1] + y, places[v, 2] + z
     for own in (v, u):
@@ -316,7 +316,7 @@ def _merge_quadrics(places, q, v, u, x, y, z):  # type: ignore[no-untyped-def]  
 
 
 @numba.njit(cache=True, nogil=True)
-def _allowed(places, triangles, pool, first, count, mark, stamp, v, u, x, y, z):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _allowed(places, triangles, pool, first, count, mark, stamp, v, u, x, y, z):
     """Tell whether edge v–u may become one vertex at (x, y, z)."""
     for i in range(first[v], first[v] + count[v]):
         t = pool[i]

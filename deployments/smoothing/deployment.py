@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deployments.smoothing.components import BASE, PREVIEW, PreviewParameters, SmoothParameters
@@ -17,19 +16,15 @@ from scangraph.stage import Report, Stage, StepOutput
 class Smoothing(Stage):
     """Masks to surfaces, and pictures of them."""
 
-    def __init__(self, settings: SmoothingSettings, cache: Path | None = None) -> None:
-        import numba
+    def __init__(self, settings: SmoothingSettings) -> None:
+        from deployments.smoothing import distances, preview, screens, surfaces, warming
 
-        if cache is not None:
-            setattr(numba.config, "CACHE_DIR", str(cache / "numba"))  # noqa: B010 as in nnunet: before the loops are declared
-        from deployments.smoothing import distances, preview, surfaces, warming
-
-        self._surfaces, self._preview = surfaces, preview
+        self._surfaces, self._preview, self._screens = surfaces, preview, screens
         self._threads = settings.threads or len(os.sched_getaffinity(0))
         self._distance = distances.open3d_distances() if settings.open3d else distances.distances_to_surface
         super().__init__({BASE: self._smooth, PREVIEW: self._draw})
         # The first request need not wait for the compiler, nor the start for it.
-        threading.Thread(target=warming.compile_kernels, args=(cache,), name="compile", daemon=True).start()
+        threading.Thread(target=warming.compile_kernels, name="compile", daemon=True).start()
 
     def _smooth(self, inputs: Mapping[str, Any], parameters: SmoothParameters, report: Report) -> StepOutput:
         files = SceneFiles(parameters.formats, parameters.per_structure, parameters.zipped, parameters.glb_unit)
@@ -38,7 +33,7 @@ class Smoothing(Stage):
         scene, warnings = self._surfaces.label_map_to_scene(inputs["mask"], options, report)
         finest = [surface for surface in scene.surfaces if surface.level == 0]
         facts = {"structures": len(finest), "triangles": sum(len(surface.faces) for surface in finest)}
-        return StepOutput((scene,), tuple(warnings), facts)
+        return StepOutput((self._screens.with_screen(scene, workers=self._threads),), tuple(warnings), facts)
 
     def _draw(self, inputs: Mapping[str, Any], parameters: PreviewParameters, report: Report) -> StepOutput:
         report(0, 1, "drawing")

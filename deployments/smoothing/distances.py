@@ -118,7 +118,7 @@ def summary(distances_mm: NDArray[np.float64]) -> dict[str, float]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _hierarchy(vertices, triangles):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _hierarchy(vertices, triangles):
     """Sort triangles along a Morton curve and bound them.
 
     Returns
@@ -180,7 +180,7 @@ def _hierarchy(vertices, triangles):  # type: ignore[no-untyped-def]  # pragma: 
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _to_box(x, y, z, boxes, node):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _to_box(x, y, z, boxes, node):
     """Return the squared distance from a point to a box; infinite for one that is empty."""
     dx = max(boxes[node, 0] - x, x - boxes[node, 3], 0.0)
     dy = max(boxes[node, 1] - y, y - boxes[node, 4], 0.0)
@@ -189,7 +189,7 @@ def _to_box(x, y, z, boxes, node):  # type: ignore[no-untyped-def]  # pragma: no
 
 
 @numba.njit(cache=True, nogil=True)
-def _nearest(points, corners, boxes):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _nearest(points, corners, boxes):
     out = np.empty(points.shape[0])
     first_leaf = (boxes.shape[0] - 1) // 2
     stack, distances = np.empty(64, np.int64), np.empty(64)
@@ -228,7 +228,7 @@ def _nearest(points, corners, boxes):  # type: ignore[no-untyped-def]  # pragma:
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _to_triangle(x, y, z, corners, t):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _to_triangle(x, y, z, corners, t):
     """Return the squared distance from a point to a triangle."""
     ax, ay, az = np.float64(corners[t, 0, 0]), np.float64(corners[t, 0, 1]), np.float64(corners[t, 0, 2])
     bx, by, bz = corners[t, 1, 0] - ax, corners[t, 1, 1] - ay, corners[t, 1, 2] - az

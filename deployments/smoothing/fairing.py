@@ -143,7 +143,7 @@ def _averaged(values: Floats, start: NDArray[np.int32], links: NDArray[np.int32]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _filter_points(values, start, links, weights):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _filter_points(values, start, links, weights):
     """Return the series Σ weights[k] T_k(A) of the points; A takes the mean of a vertex and its neighbours."""
     n = values.shape[0]
     before, now = values.copy(), np.zeros_like(values)
@@ -174,7 +174,7 @@ def _filter_points(values, start, links, weights):  # type: ignore[no-untyped-de
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _filter_scalars(values, start, links, weights):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _filter_scalars(values, start, links, weights):
     """Return the same series of one number a vertex."""
     n = values.size
     before, now = values.copy(), np.zeros_like(values)
@@ -197,7 +197,7 @@ def _filter_scalars(values, start, links, weights):  # type: ignore[no-untyped-d
 
 
 @numba.njit(cache=True, nogil=True)
-def connected_pieces(start, links):  # type: ignore[no-untyped-def]
+def connected_pieces(start, links):
     """Label the connected pieces of a net: (piece of each vertex, int32; vertices of each piece, int64)."""
     n = start.size - 1
     piece = np.full(n, -1, np.int32)
@@ -225,7 +225,7 @@ def connected_pieces(start, links):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def vertex_normals(places, quads, triangles):  # type: ignore[no-untyped-def]
+def vertex_normals(places, quads, triangles):
     """Area-weighted unit normals of the vertices, float32 (V, 3); zero where a vertex has no area."""
     normals = np.zeros_like(places)
     for q in range(quads.shape[0]):
@@ -256,7 +256,7 @@ def vertex_normals(places, quads, triangles):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _loss(corners, places, normals):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _loss(corners, places, normals):
     loss = np.empty(places.shape[0], np.float32)
     for v in range(places.shape[0]):
         total = np.float32(0)
@@ -267,7 +267,7 @@ def _loss(corners, places, normals):  # type: ignore[no-untyped-def]  # pragma: 
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def move(places, normals, distance):  # type: ignore[no-untyped-def]
+def move(places, normals, distance):
     """Return the vertices, each moved along its normal by its own distance (mm)."""
     out = np.empty_like(places)
     for v in range(places.shape[0]):
@@ -277,7 +277,7 @@ def move(places, normals, distance):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def volumes(places, quads, triangles, pieces, count):  # type: ignore[no-untyped-def]
+def volumes(places, quads, triangles, pieces, count):
     """Signed volume that each piece encloses, mm³ (float64); a hole's is negative."""
     total = np.zeros(count)
     if places.shape[0] == 0:
@@ -294,7 +294,7 @@ def volumes(places, quads, triangles, pieces, count):  # type: ignore[no-untyped
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _six_volumes(places, a, b, c, ox, oy, oz):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _six_volumes(places, a, b, c, ox, oy, oz):
     ax, ay, az = places[a, 0] - ox, places[a, 1] - oy, places[a, 2] - oz
     bx, by, bz = places[b, 0] - ox, places[b, 1] - oy, places[b, 2] - oz
     cx, cy, cz = places[c, 0] - ox, places[c, 1] - oy, places[c, 2] - oz
@@ -302,7 +302,7 @@ def _six_volumes(places, a, b, c, ox, oy, oz):  # type: ignore[no-untyped-def]  
 
 
 @numba.njit(cache=True, nogil=True)
-def areas(places, quads, triangles, pieces, count):  # type: ignore[no-untyped-def]
+def areas(places, quads, triangles, pieces, count):
     """Area of each piece, mm² (float64)."""
     total = np.zeros(count)
     for q in range(quads.shape[0]):
@@ -316,7 +316,7 @@ def areas(places, quads, triangles, pieces, count):  # type: ignore[no-untyped-d
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _area(places, a, b, c):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _area(places, a, b, c):
     ux, uy, uz = places[b, 0] - places[a, 0], places[b, 1] - places[a, 1], places[b, 2] - places[a, 2]
     vx, vy, vz = places[c, 0] - places[a, 0], places[c, 1] - places[a, 1], places[c, 2] - places[a, 2]
     x, y, z = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx

@@ -67,7 +67,7 @@ def sample(vertices: NDArray[np.floating], faces: NDArray[np.integer]) -> NDArra
 
 
 @numba.njit(cache=True, nogil=True)
-def _to_boundary(points, array, number, spacing):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _to_boundary(points, array, number, spacing):
     out = np.empty(points.shape[0])
     nz, ny, nx = array.shape
     finest = spacing.min()
@@ -131,7 +131,7 @@ def crossings(vertices: NDArray[np.floating], faces: NDArray[np.integer]) -> int
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_crossings(corners, faces, first, last, dims):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _count_crossings(corners, faces, first, last, dims):
     total = 0
     for f in range(first.shape[0]):
         total += (last[f, 0] - first[f, 0] + 1) * (last[f, 1] - first[f, 1] + 1) * (last[f, 2] - first[f, 2] + 1)
@@ -174,7 +174,7 @@ def _count_crossings(corners, faces, first, last, dims):  # type: ignore[no-unty
 
 
 @numba.njit(cache=True, nogil=True)
-def _cross(t, s):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _cross(t, s):
     """Tell whether an edge of triangle s goes through triangle t."""
     e1, e2 = t[1] - t[0], t[2] - t[0]
     for k in range(3):

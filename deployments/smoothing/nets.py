@@ -232,14 +232,14 @@ def _close_gaps(
 
 
 @numba.njit(cache=True, nogil=True)
-def _grow(array):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _grow(array):
     larger = np.empty(2 * array.size, array.dtype)
     larger[: array.size] = array
     return larger
 
 
 @numba.njit(cache=True, nogil=True)
-def _find_cells(array, table, use_table, tables):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _find_cells(array, table, use_table, tables):
     """List every (cell, label) that has vertices, in raster order, and count what they will need.
 
     Returns
@@ -344,7 +344,7 @@ def _find_cells(array, table, use_table, tables):  # type: ignore[no-untyped-def
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _entry(index, y, x, label, labels):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _entry(index, y, x, label, labels):
     """Return the entry of a label in a cell; it is there wherever it is asked for."""
     entry = index[y, x]
     while labels[entry] != label:
@@ -353,7 +353,7 @@ def _entry(index, y, x, label, labels):  # type: ignore[no-untyped-def]  # pragm
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill(  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _fill(
     cells, shape, tables, vertex_start, links_start, quad_start, triangle_start, middles,
     places, corners, link_start, links, quads, beyond, triangles,
 ):  # fmt: skip
@@ -492,7 +492,7 @@ def _fill(  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _opposite(edge, axis):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _opposite(edge, axis):
     """Return what an edge of a lower face is called in the cell below it."""
     # Within its direction an edge's number counts the two other axes, the lower one first.
     direction = edge // 4
@@ -501,7 +501,7 @@ def _opposite(edge, axis):  # type: ignore[no-untyped-def]  # pragma: no cover �
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _edge_middle(edge, axis):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _edge_middle(edge, axis):
     direction = edge // 4
     if axis == direction:
         return np.float32(0.5)

@@ -20,7 +20,7 @@ from matplotlib.patches import Circle
 from matplotlib.text import Text
 from numpy.typing import NDArray
 
-from scangraph.contracts import LabelMap, Scene, Volume, label_number, label_of
+from scangraph.contracts import Image2D, LabelMap, Scene, Volume, label_number, label_of
 
 _WIDTH, _HEIGHT, _DPI = 1600, 900, 100
 _BACKGROUND, _PANEL, _TEXT, _MUTED, _ACCENT = "#0e1216", "#000000", "#e8ecef", "#8a949c", "#e8b23c"
@@ -98,7 +98,7 @@ class Rendered(NamedTuple):
 
 def render_preview(
     scene: Scene, image: Volume | None = None, mask: LabelMap | None = None, *, title: str = ""
-) -> tuple[bytes, list[str]]:
+) -> tuple[Image2D, list[str]]:
     """Draw a result.
 
     Parameters
@@ -115,12 +115,12 @@ def render_preview(
 
     Returns
     -------
-    (bytes, list of str)
-        PNG of 1600×900, and warnings (no OpenGL, so no 3-D view).
+    (Image2D, list of str)
+        1600×900, a PNG when it is saved, and warnings (no OpenGL, so no 3-D view).
     """
     warnings: list[str] = []
     figure = Figure(figsize=(_WIDTH / _DPI, _HEIGHT / _DPI), dpi=_DPI, facecolor=_BACKGROUND)
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     boxes = _ALONE
     if image is not None or mask is not None:
         boxes = _BESIDE_SLICES
@@ -143,9 +143,8 @@ def render_preview(
         parse_math=False,
     )  # fmt: skip
     figure.text(1572 / _WIDTH, 1 - 40 / _HEIGHT, "Research use only", color=_ACCENT, fontsize=12, ha="right", va="center")
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", facecolor=_BACKGROUND)
-        return buffer.getvalue(), warnings
+    canvas.draw()
+    return Image2D((np.array(np.asarray(canvas.buffer_rgba())[..., :3]),)), warnings
 
 
 def render_scene(scene: Scene, sizes: Sequence[tuple[int, int]], views: Sequence[View] = VIEWS) -> tuple[list[Rendered], str]:

@@ -33,7 +33,7 @@ _FARTHEST_OFFSET = 0.25
 #: A surface's volume may differ from its voxels' by this part, and its 95th percentile of distances be this many of the widest
 #: spacing, without a warning.
 _VOLUME_TOLERANCE, _DISTANCE_TOLERANCE = 0.05, 1.0
-#: Bytes for each vertex, at the peak: the net with its links and faces, and what the largest structure's decimation needs.
+#: Bytes for each vertex, at the peak: `benchmarks.smoothing.speed` adds 310 for a joint scene, 140 for one that is not.
 _BYTES_A_VERTEX = 320
 _RESERVE = 256 * 2**20
 #: Labels that one pass can tell apart.
@@ -47,6 +47,8 @@ _CONNECTED = ndimage.generate_binary_structure(3, 2)
 #: The frame is not among them: a scene says it itself, and can be turned.
 _NOTES = ("Research use only. Not a medical device.", "Coordinates are in millimetres.")
 _COMPONENT = "smoothing/base"
+#: For functions on nets, where all faces are triangles.
+_NO_QUADS = np.empty((0, 4), np.int32)
 #: Options that a scene names among its facts.
 _NAMED = ("smoothing", "error_mm", "triangles", "joint", "gap_mm", "min_volume_mm3", "levels")
 
@@ -215,12 +217,16 @@ class _Work:
     options: Options
     at_edge: set[int]
 
-    def net(self, number: int) -> _Net:
-        nets = self.nets
-        own, quads, triangles = (
+    def ranges(self, number: int) -> tuple[slice, slice, slice]:
+        """Return where a structure's vertices, quadrilaterals and triangles are among all."""
+        vertices, quads, triangles = (
             slice(int(start[number]), int(start[number + 1]))
-            for start in (nets.vertex_start, nets.quad_start, nets.triangle_start)
+            for start in (self.nets.vertex_start, self.nets.quad_start, self.nets.triangle_start)
         )
+        return vertices, quads, triangles
+
+    def net(self, number: int) -> _Net:
+        nets, (own, quads, triangles) = self.nets, self.ranges(number)
         corner = np.floor(nets.corners[own].min(axis=0)).astype(np.float32)
         first, last = int(nets.link_start[own.start]), int(nets.link_start[own.stop])
         start = (nets.link_start[own.start : own.stop + 1] - first).astype(np.int32)
@@ -240,38 +246,36 @@ class _Work:
             return net.places
         return fair(net.places, net.corners, net.links, (net.quads, net.triangles), self.options.smoothing)
 
-    def part_of(self, triangles: int) -> float:
-        """Return the part of the triangles that are wanted, where a number is wanted; 0 else."""
-        wanted = self.options.triangles
-        return 0.0 if wanted is None else min(1.0, wanted / max(1, triangles))
+    def goal(self, triangles: int, level: int, least: int = 0) -> dict[str, Any]:
+        """Return what decimation is to reach at a level of detail, from so many triangles of the level before."""
+        if level > 0:
+            return {"target": max(least, triangles // _LEVEL_PART)}
+        if self.options.triangles is None:
+            return {"error_mm": self.options.error_mm}
+        present = 2 * len(self.nets.quads) + len(self.nets.triangles)
+        return {"target": max(least, round(triangles * min(1.0, self.options.triangles / present)))}
+
+    def voxel_mm3(self, number: int) -> float:
+        """Return the volume of a structure's voxels."""
+        return float(self.nets.voxels[number]) * self.mask.voxel_volume_mm3
 
     @property
     def farthest_mm(self) -> float:
         return _FARTHEST_OFFSET * float(self.spacing.min())
 
-    @property
-    def all_triangles(self) -> int:
-        return 2 * len(self.nets.quads) + len(self.nets.triangles)
-
     def boundary(self, number: int) -> NDArray[np.float64]:
         """Return points of the boundary of a structure's voxels, in mm."""
-        nets = self.nets
-        own, quads, triangles = (
-            slice(int(start[number]), int(start[number + 1]))
-            for start in (nets.vertex_start, nets.quad_start, nets.triangle_start)
-        )
+        nets, (own, quads, triangles) = self.nets, self.ranges(number)
         return boundary_points(nets.corners[own], nets.quads[quads], nets.triangles[triangles]) * self.spacing
 
     def measured(self, number: int, mesh: _Mesh, pieces: int) -> dict[str, Any]:
         """Take a surface's measures; the box is in the mask's world."""
         vertices, triangles = mesh
-        nothing, one = np.empty((0, 4), np.int32), np.zeros(len(vertices), np.int32)
-        voxel_mm3 = float(self.nets.voxels[number]) * self.mask.voxel_volume_mm3
         points = sample(vertices, triangles) / self.spacing
         distances = distances_to_boundary(points, self.array, number, self.mask.spacing_mm)
         return {
-            "voxel_volume_ml": voxel_mm3 / 1000,
-            "mesh_volume_ml": float(volumes(vertices, nothing, triangles, one, 1)[0]) / 1000,
+            "voxel_volume_ml": self.voxel_mm3(number) / 1000,
+            "mesh_volume_ml": _volume(vertices, triangles) / 1000,
             "area_cm2": float(triangle_areas(vertices, triangles).sum()) / 100,
             "vertices": len(vertices),
             "triangles": len(triangles),
@@ -294,21 +298,14 @@ def _each(work: _Work, names: dict[int, str], on_progress: OnProgress | None) ->
 
 
 def _alone(work: _Work, number: int) -> Levels:
-    net, options = work.net(number), work.options
+    net = work.net(number)
     places = work.faired(net)
     triangles = np.concatenate([split_quads(places, net.quads), net.triangles])
     pieces, sizes = connected_pieces(*net.links)
     wanted = volumes(net.corners, net.quads, net.triangles, pieces, len(sizes))
-    part, made = work.part_of(work.all_triangles), []
-    for level in range(options.levels):
-        if level > 0:
-            places, triangles, _, kept = decimate(
-                places, triangles, target=max(_LEAST_TRIANGLES, len(triangles) // _LEVEL_PART)
-            )
-        elif options.triangles is not None:
-            places, triangles, _, kept = decimate(places, triangles, target=max(_LEAST_TRIANGLES, round(part * len(triangles))))
-        else:
-            places, triangles, _, kept = decimate(places, triangles, error_mm=options.error_mm)
+    made = []
+    for level in range(work.options.levels):
+        places, triangles, _, kept = decimate(places, triangles, **work.goal(len(triangles), level, _LEAST_TRIANGLES))
         pieces = pieces[kept]
         places = restore_volumes(places, triangles, pieces, sizes, wanted, work.farthest_mm)
         mesh = _Mesh((places.astype(np.float64) + net.origin_mm).astype(np.float32), triangles)
@@ -320,7 +317,7 @@ def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) 
     """Make all structures, those that touch with one boundary between them."""
     nets, options = work.nets, work.options
     shared = touching.shared_vertices(nets)
-    ranges = {number: slice(int(nets.vertex_start[number]), int(nets.vertex_start[number + 1])) for number in names}
+    ranges = {number: work.ranges(number)[0] for number in names}
     together = [number for number in names if shared.touches[ranges[number]].any()]
     alone = {number: name for number, name in names.items() if number not in together}
     made = _each(work, alone, on_progress) if alone else {}
@@ -346,21 +343,16 @@ def _joined(work: _Work, names: dict[int, str], on_progress: OnProgress | None) 
             movement = movement - np.float32(options.gap_mm / 2) * normals
         places[where] += touching.fade(movement, shared.touches[where], *net.links)
         triangles_of[number] = np.concatenate([split_quads(places[where], net.quads), net.triangles])
-    if options.gap_mm == 0:
-        _balance(work, places, shared, ranges, triangles_of)
     if options.gap_mm > 0:  # nothing is shared any more
         apart = {number: _Mesh(places[ranges[number]], triangles_of[number]) for number in together}
         thin = _parallel(together, lambda n: _thinned(work, n, apart[n], pieces[n]), names, options.workers, on_progress)
         return {**made, **dict(thin)}
+    _balance(work, places, shared, ranges, triangles_of)
     whole = touching.join(places, nets, shared, triangles_of)
     levels: dict[int, Levels] = {number: [] for number in together}
-    part = work.part_of(work.all_triangles)
     for level in range(options.levels):
-        target = len(whole.triangles) // _LEVEL_PART if level else round(part * len(whole.triangles))
-        error = None if level or options.triangles is not None else options.error_mm
-        vertices, triangles, kept, still = decimate(
-            whole.places_mm, whole.triangles, target=target, error_mm=error, fixed=whole.fixed
-        )
+        goal = work.goal(len(whole.triangles), level)
+        vertices, triangles, kept, still = decimate(whole.places_mm, whole.triangles, fixed=whole.fixed, **goal)
         whole = touching.Complex(vertices, triangles, whole.inside[kept], whole.beyond[kept], whole.fixed[still])
         whole = _with_volumes(work, whole, together)
 
@@ -377,28 +369,21 @@ def _balance(
     work: _Work, places: Floats, shared: touching.Shared, ranges: dict[int, slice], triangles_of: dict[int, Faces]
 ) -> None:
     """Move surfaces, in place, towards each structure's volume; shared boundaries by the mean of both wishes."""
-    nothing = np.empty((0, 4), np.int32)
     for _ in range(_BALANCINGS):
         movement = np.zeros_like(places)
         for number, triangles in triangles_of.items():
             own = np.ascontiguousarray(places[ranges[number]])
-            wanted = float(work.nets.voxels[number]) * work.mask.voxel_volume_mm3
-            has = float(volumes(own, nothing, triangles, np.zeros(len(own), np.int32), 1)[0])
-            step = np.clip((wanted - has) / float(triangle_areas(own, triangles).sum()), -work.farthest_mm, work.farthest_mm)
-            movement[ranges[number]] = np.float32(step) * vertex_normals(own, nothing, triangles)
+            missing = work.voxel_mm3(number) - _volume(own, triangles)
+            step = np.clip(missing / float(triangle_areas(own, triangles).sum()), -work.farthest_mm, work.farthest_mm)
+            movement[ranges[number]] = np.float32(step) * vertex_normals(own, _NO_QUADS, triangles)
         places += touching.common_places(movement, shared)
 
 
 def _thinned(work: _Work, number: int, mesh: _Mesh, pieces: int) -> Levels:
     """Decimate a surface that is to stay where it is."""
-    part, made = work.part_of(work.all_triangles), []
-    places, triangles = mesh
+    made, (places, triangles) = [], mesh
     for level in range(work.options.levels):
-        target = len(triangles) // _LEVEL_PART if level else round(part * len(triangles))
-        error = None if level or work.options.triangles is not None else work.options.error_mm
-        places, triangles, _, _ = decimate(
-            places, triangles, target=max(target, _LEAST_TRIANGLES if target else 0), error_mm=error
-        )
+        places, triangles, _, _ = decimate(places, triangles, **work.goal(len(triangles), level, _LEAST_TRIANGLES))
         thin = _Mesh(places, triangles)
         made.append((thin, work.measured(number, thin, pieces)))
     return made
@@ -406,7 +391,6 @@ def _thinned(work: _Work, number: int, mesh: _Mesh, pieces: int) -> Levels:
 
 def _with_volumes(work: _Work, whole: touching.Complex, numbers: list[int]) -> touching.Complex:
     """Give each structure its volume, by moving what it does not share."""
-    nothing = np.empty((0, 4), np.int32)
     places = whole.places_mm.copy()
     shared = np.zeros(len(places), np.bool_)
     shared[whole.triangles[whole.beyond > 0]] = True
@@ -416,12 +400,16 @@ def _with_volumes(work: _Work, whole: touching.Complex, numbers: list[int]) -> t
         free_area = float(triangle_areas(vertices, triangles)[free[triangles].all(axis=1)].sum())
         if free_area <= 0:
             continue
-        wanted = float(work.nets.voxels[number]) * work.mask.voxel_volume_mm3
-        has = float(volumes(vertices, nothing, triangles, np.zeros(len(vertices), np.int32), 1)[0])
-        step = np.float32(np.clip((wanted - has) / free_area, -work.farthest_mm, work.farthest_mm))
-        normals = vertex_normals(vertices, nothing, triangles)
+        missing = work.voxel_mm3(number) - _volume(vertices, triangles)
+        step = np.float32(np.clip(missing / free_area, -work.farthest_mm, work.farthest_mm))
+        normals = vertex_normals(vertices, _NO_QUADS, triangles)
         places[where] = move(vertices, normals, np.where(free & ~whole.fixed[where], step, np.float32(0)).astype(np.float32))
     return whole._replace(places_mm=places)
+
+
+def _volume(places: Floats, triangles: Faces) -> float:
+    """Return the volume that a surface encloses, mm³."""
+    return float(volumes(places, _NO_QUADS, triangles, np.zeros(len(places), np.int32), 1)[0])
 
 
 def _parallel(
@@ -451,11 +439,12 @@ def _parallel(
 def _compact(mask: LabelMap, structures: Sequence[int] | None) -> tuple[NDArray[np.uint8], dict[int, int]]:
     """Return the mask in bytes, read-only, and what each byte stands for."""
     array: NDArray[Any] = mask.array
+    most = int(np.iinfo(array.dtype).max)
+    if structures is not None:  # no voxel has another number
+        structures = sorted({number for number in structures if 0 < number <= most})
     if array.dtype == np.uint8:
-        wanted = range(1, 256) if structures is None else structures
-        numbers = {n: n for n in wanted if 0 < n < 256}
-        return _read_only(array), numbers
-    wanted = sorted(set(mask.labels or mask.counts()) if structures is None else set(structures))
+        return _read_only(array), {number: number for number in (range(1, most + 1) if structures is None else structures)}
+    wanted = sorted(mask.labels or mask.counts()) if structures is None else structures
     if len(wanted) > _MOST_LABELS:
         raise InvalidParameters(
             component=_COMPONENT,

@@ -94,7 +94,7 @@ def fade(
 
 
 @numba.njit(cache=True, nogil=True)
-def _fade(values, held, start, links, steps):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _fade(values, held, start, links, steps):
     for step in range(steps):
         for k in range(values.shape[0]):
             v = k if step % 2 == 0 else values.shape[0] - 1 - k  # in place, so each way once
@@ -110,7 +110,7 @@ def _fade(values, held, start, links, steps):  # type: ignore[no-untyped-def]  #
 
 
 @numba.njit(cache=True, nogil=True)
-def _share(cells, tables, vertex_start, same, knotted, touches):  # type: ignore[no-untyped-def]  # pragma: no cover – compiled
+def _share(cells, tables, vertex_start, same, knotted, touches):
     """Fill `Shared`'s fields: passages of several labels through a cell are one where they cross an edge in common."""
     vertex, edges, owner, group = np.empty(32, np.int64), np.empty(32, np.int64), np.empty(32, np.int64), np.empty(32, np.int64)
     begin, total = 0, cells.serial.size

@@ -29,7 +29,9 @@ from scangraph.contracts.errors import Forbidden, NoSuch, ScanGraphError, Unauth
 from scangraph.contracts.pipelines import PipelineSpec
 
 JOURNAL, LOCK, TABLE = "batch.jsonl", ".batch.lock", "results.csv"
-_ENDINGS = (".nii.gz", ".nii")
+_VOLUMES = (".nii.gz", ".nii")
+_PICTURES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+_ENDINGS = (*_VOLUMES, *_PICTURES)
 #: What would meet every other case too.
 _HOPELESS = (ServerUnreachable, Unauthenticated, Forbidden)
 
@@ -96,8 +98,8 @@ def find_cases(spec: PipelineSpec, given: Sequence[Path]) -> list[Case]:
     Parameters
     ----------
     spec : PipelineSpec
-        With one input that must be there, each NIfTI is a case. With several, each folder is one whose files are named after
-        the inputs (`arterial.nii.gz`), or a folder of such folders.
+        With one input that must be there, each NIfTI is a case, or each 2-D image where that is taken. With several, each
+        folder is one whose files are named after the inputs (`arterial.nii.gz`), or a folder of such folders.
     given : sequence of Path
         Files and folders.
 
@@ -112,7 +114,7 @@ def find_cases(spec: PipelineSpec, given: Sequence[Path]) -> list[Case]:
         if not path.exists():
             raise UsageError(detail=f"{path} is not there")
         if len(needed) == 1 and len(spec.inputs) == 1:
-            found += [(image, {needed[0]: [image]}) for image in ([path] if path.is_file() else _images(path))]
+            found += [(image, {needed[0]: [image]}) for image in ([path] if path.is_file() else _images(spec, path))]
         elif path.is_file():
             raise UsageError(
                 detail=f"{path} is one file, and {spec.name} takes {', '.join(spec.inputs)}: give a folder with them"
@@ -138,22 +140,31 @@ def find_cases(spec: PipelineSpec, given: Sequence[Path]) -> list[Case]:
 
 def _expected(spec: PipelineSpec) -> str:
     if len(spec.inputs) == 1:
-        return "each .nii or .nii.gz is one"
+        return f"each {', '.join(_taken(spec))} is one"
     return f"each folder is one, with files named {', '.join(f'{name}.nii.gz' for name in spec.inputs)}"
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name.endswith(_ENDINGS) and not p.name.startswith("."))
+def _taken(spec: PipelineSpec) -> tuple[str, ...]:
+    """Return the endings of the files that a pipeline takes."""
+    kinds = {wanted.kind for wanted in spec.inputs.values()}
+    return (*(_VOLUMES if kinds & {"image", "mask"} else ()), *(_PICTURES if "image2d" in kinds else ()))
+
+
+def _images(spec: PipelineSpec, folder: Path) -> list[Path]:
+    endings = _taken(spec)
+    return sorted(
+        p for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(endings) and not p.name.startswith(".")
+    )
 
 
 def _stem(path: Path) -> str:
-    return next((path.name.removesuffix(end) for end in _ENDINGS if path.name.endswith(end)), path.name)
+    return next((path.name[: -len(end)] for end in _ENDINGS if path.name.lower().endswith(end)), path.name)
 
 
 def _named(spec: PipelineSpec, folder: Path) -> dict[str, list[Path]]:
     """Return input -> files of that name; `name-1`, `name-2`, … for one that takes many."""
     files: dict[str, list[Path]] = {}
-    for path in _images(folder):
+    for path in _images(spec, folder):
         stem = _stem(path)
         for name, wanted in spec.inputs.items():
             if stem == name or (wanted.many and stem.startswith(f"{name}-")):

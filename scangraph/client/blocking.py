@@ -166,6 +166,8 @@ class Client:
     file = _blocking(AsyncClient.file)
     download = _blocking(AsyncClient.download)
     download_output = _blocking(AsyncClient.download_output)
+    display = _blocking(AsyncClient.display)
+    thumbnail = _blocking(AsyncClient.thumbnail)
     delete_file = _blocking(AsyncClient.delete_file)
 
     start = _blocking(AsyncClient.start)
@@ -178,3 +180,5 @@ class Client:
     wait = _blocking(AsyncClient.wait)
     run = _blocking(AsyncClient.run)
     fetch = _blocking(AsyncClient.fetch)
+    zip = _blocking(AsyncClient.zip)
+    delete_execution = _blocking(AsyncClient.delete_execution)

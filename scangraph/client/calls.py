@@ -20,7 +20,7 @@ from scangraph.client import live, transfer
 from scangraph.client.access import Keep
 from scangraph.client.failures import from_execution
 from scangraph.client.live import Update
-from scangraph.client.session import Session, Wish, segment
+from scangraph.client.session import LONG, Session, Wish, segment
 from scangraph.client.transfer import Content, OnBytes, nothing, plain_name
 from scangraph.contracts import Label
 from scangraph.contracts.api import (
@@ -284,6 +284,19 @@ class AsyncClient:
         await transfer.download(self._session, Content(output.file_id, output.size, output.sha256), target, on_bytes)
         return target
 
+    async def display(self, file_id: str, *, most: int = 300) -> bytes:
+        """Return a copy of a file for screens.
+
+        Of an image or a mask a `.nii.gz` of at most `most` voxels a side; of a scene JSON, which lists its structures and where
+        their surfaces are.
+        """
+        wish = Wish("GET", f"/v1/files/{segment(file_id)}/display", params={"max": most}, seconds=LONG)
+        return (await self._session.request(wish)).content
+
+    async def thumbnail(self, file_id: str) -> bytes:
+        """Return a small PNG of an image, mask or 2-D image."""
+        return (await self._session.request(Wish("GET", f"/v1/files/{segment(file_id)}/thumbnail", seconds=LONG))).content
+
     async def delete_file(self, file_id: str) -> None:
         """Delete a file."""
         await self._delete(Wish("DELETE", f"/v1/files/{segment(file_id)}"))
@@ -455,6 +468,26 @@ class AsyncClient:
             path = await self.download_output(output, folder, on_bytes=_named(on_transfer, output.filename))
             files.setdefault(output.name, []).append(path)
         return files
+
+    async def zip(self, execution_id: str, path: str | Path, outputs: Sequence[str] | None = None) -> Path:
+        """Fetch an execution's results as one .zip, with a list that says units and frames.
+
+        Parameters
+        ----------
+        path : path
+            Its name, or a folder; what stands there is replaced.
+        outputs : sequence of str, optional
+            Only these.
+        """
+        target = _target(Path(path), f"{plain_name(execution_id)}.zip")
+        params = {"outputs": ",".join(outputs)} if outputs is not None else {}
+        wish = Wish("GET", f"/v1/executions/{segment(execution_id)}/files.zip", params=params, seconds=LONG)
+        await transfer.fetch_whole(self._session, wish, target)
+        return target
+
+    async def delete_execution(self, execution_id: str) -> None:
+        """Delete an execution that has ended, with its results."""
+        await self._delete(Wish("DELETE", f"/v1/executions/{segment(execution_id)}"))
 
     async def _send_inputs(self, inputs: Inputs, on_transfer: OnTransfer | None) -> dict[str, Any]:
         """Replace what is on this machine by the ids of what was sent; the same path is sent once."""

@@ -51,6 +51,7 @@ class Wish:
     headers: Mapping[str, str] | None = None
     seconds: float = SHORT
     with_bearer: bool = True
+    follow: bool = False
 
 
 class Session:
@@ -164,7 +165,8 @@ class Session:
             token = await self.access.bearer(refused) if wish.with_bearer else None
             last = token is None or refused is not None
             try:
-                response = await self._http.send(self._build(wish, token), stream=True)
+                # Elsewhere httpx sends no bearer.
+                response = await self._http.send(self._build(wish, token), stream=True, follow_redirects=wish.follow)
                 try:
                     # Nothing was done with a request whose token was refused; it is worth another one, once.
                     if response.status_code != 401 or last or await self.access.bearer(token) is None:

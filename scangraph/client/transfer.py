@@ -226,8 +226,31 @@ async def _pieces(session: Session, content: Content, start: int) -> AsyncIterat
     part = {"Range": f"bytes={start}-", "If-Range": f'"{content.sha256}"'} if start else {}
     # Content-coded bytes would be counted and hashed wrongly.
     headers = {"Accept-Encoding": "identity", **part}
-    async with session.send(Wish("GET", f"/v1/files/{segment(content.file_id)}", headers=headers)) as response:
+    async with session.send(Wish("GET", f"/v1/files/{segment(content.file_id)}", headers=headers, follow=True)) as response:
         if start and response.status_code != 206:
             raise NoSuch(kind="file", id=content.file_id)  # another content stands there by now
         async for piece in response.aiter_raw(_PIECE):
             yield piece
+
+
+async def fetch_whole(session: Session, wish: Wish, target: Path) -> None:
+    """Fetch what is made while it is sent, and so has neither size nor ranges: until one connection carries all of it."""
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.part")
+    patience = Patience(session.patience)
+    try:
+        while True:
+            try:
+                with temporary.open("wb") as file:
+                    async with session.send(wish) as response:
+                        async for piece in response.aiter_raw(_PIECE):
+                            await asyncio.to_thread(file.write, piece)
+                    file.flush()
+                    await asyncio.to_thread(os.fsync, file.fileno())
+                break
+            except ScanGraphError as failure:
+                if kind_of(failure) == "final":
+                    raise
+                await patience.bear(failure, float(failure.fields.get("retry_after_seconds", 0)))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """What crosses a process boundary: numpy, pydantic and nothing else of ours or of others."""
 
 from scangraph.contracts.components import WAITING, Component, NoParameters, Port, Progress, StepSummary
+from scangraph.contracts.images import Image2D, ImageFile, ImageFormat
 from scangraph.contracts.labels import (
     FREE_NUMBERS,
     SCHEMES,
@@ -13,16 +14,20 @@ from scangraph.contracts.labels import (
     lookup_table,
     plain_name,
 )
-from scangraph.contracts.scenes import Frame, GlbUnit, Line, Scene, SceneFiles, SceneFormat, Surface
+from scangraph.contracts.scenes import SCREEN_TRIANGLES, Frame, GlbUnit, Line, Scene, SceneFiles, SceneFormat, Surface
 from scangraph.contracts.volumes import LabelMap, Volume, merge_label_maps
 
 __all__ = [
     "FREE_NUMBERS",
     "SCHEMES",
+    "SCREEN_TRIANGLES",
     "WAITING",
     "Component",
     "Frame",
     "GlbUnit",
+    "Image2D",
+    "ImageFile",
+    "ImageFormat",
     "Label",
     "LabelMap",
     "Line",

@@ -31,6 +31,7 @@ class InputFile(_Wire):
     file_id: str | None = Field(None, description="id of a file (POST /v1/files)")
     path: str | None = Field(None, description="path in the storage, where the backend put it itself")
     label_scheme: Literal["kits"] | None = Field(None, description="numbering of a mask, if not the label table's")
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$", description="of the file; another one is refused")
 
 
 #: A bare string is a file id if it is one, else a storage path.
@@ -164,6 +165,9 @@ class PipelineView(_Wire):
     owner: str | None = None
     created_at: datetime
     updated_at: datetime
+    expected_seconds: float | None = Field(
+        None, description="median of the last runs that were not known before; no part of the revision, so the ETag stays"
+    )
     spec: PipelineSpec
 
 
@@ -189,7 +193,7 @@ class FileView(_Wire):
 
     id: str
     filename: str
-    kind: str = Field(description="found by content: nifti, png, jpeg, tiff, dicom, zip, obj, …")
+    kind: str = Field(description="found by content: nifti, image2d, dicom, zip, obj, …")
     media_type: str
     size: int
     sha256: str
@@ -204,7 +208,10 @@ class FileView(_Wire):
 class FileMetadata(FileView):
     """A file and what its header says."""
 
-    metadata: dict[str, Any] = Field(description="images: shape_zyx, spacing_mm, origin_mm, direction, dtype; never free text")
+    metadata: dict[str, Any] = Field(
+        description="images: shape_zyx, spacing_mm, origin_mm, direction, dtype; intensity: min, max, percentiles (p01, …); "
+        "never free text"
+    )
 
 
 class FilePage(_Wire):
@@ -238,6 +245,16 @@ class Tokens(_Wire):
     expires_in: int = Field(description="seconds")
     refresh_token: str
     role: Role
+
+
+class Session(_Wire):
+    """Whose session a browser's cookies are; null where they are nobody's."""
+
+    account: str | None = Field(None, description="its name")
+    account_id: str | None = None
+    role: Role | None = None
+    expires_at: datetime | None = Field(None, description="end of the access token; refresh before, or then")
+    renewable: bool = Field(description="whether there is a refresh token, which may be good")
 
 
 class Identity(_Wire):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scangraph.contracts.errors import DamagedResult
+from scangraph.contracts.images import Image2D, ImageFile
 from scangraph.contracts.scenes import Line, Scene, SceneFiles, Surface
 from scangraph.contracts.volumes import LabelMap, Volume
 
@@ -25,7 +26,7 @@ _FIXED = struct.Struct("<QI32s")  # bytes that follow, bytes of the head, SHA-25
 #: Masks deflate a hundredfold at the fastest level; CT hardly at all, so a sample of the array decides.
 _LEVEL, _SAMPLE, _GAIN = 1, 1 << 20, 0.8
 
-Value = Volume | LabelMap | Scene | bytes
+Value = Volume | LabelMap | Scene | Image2D | bytes
 
 
 def to_bytes(value: Value) -> bytes:
@@ -86,21 +87,42 @@ def _describe(value: Value, arrays: list[NDArray[Any]]) -> dict[str, Any]:
             return {"type": "LabelMap", **geometry, "labels": value.labels, **names}
         return {"type": "Volume", **geometry}
     if isinstance(value, Scene):
-        surfaces = []
-        for surface in value.surfaces:
-            arrays += [surface.vertices_mm, surface.faces]
-            entry = {"name": surface.name, "label": surface.label, "color": surface.color}
-            surfaces.append({**entry, **_given(measures=surface.measures, level=surface.level)})
+        surfaces = [_surface(surface, arrays) for surface in value.surfaces]
         for line in value.lines:
             arrays += [line.points_mm, line.segments]
         lines = [{"name": line.name, "label": line.label, "color": line.color} for line in value.lines]
+        screen = [_surface(surface, arrays) for surface in value.screen]
         files = asdict(value.files) if value.files != SceneFiles() else None
-        more = _given(files=files, facts=value.facts, lines=lines)
+        more = _given(files=files, facts=value.facts, lines=lines, screen=screen)
         return {"type": "Scene", "frame": value.frame, "notes": value.notes, "surfaces": surfaces, **more}
+    if isinstance(value, Image2D):
+        arrays += value.pages
+        return {"type": "Image2D", "dpi": value.dpi, "file": asdict(value.file)}
     if isinstance(value, bytes):
         arrays.append(np.frombuffer(value, np.uint8))
         return {"type": "bytes"}
     raise TypeError(f"a {type(value).__name__} is no result of a step")
+
+
+def _surface(surface: Surface, arrays: list[NDArray[Any]]) -> dict[str, Any]:
+    arrays += [surface.vertices_mm, surface.faces]
+    entry = {"name": surface.name, "label": surface.label, "color": surface.color}
+    return {**entry, **_given(measures=surface.measures, level=surface.level)}
+
+
+def _surfaces(entries: Sequence[Mapping[str, Any]], arrays: Sequence[NDArray[Any]]) -> tuple[Surface, ...]:
+    return tuple(
+        Surface(
+            entry["name"],
+            entry["label"],
+            tuple(entry["color"]),
+            arrays[2 * n],
+            arrays[2 * n + 1],
+            entry.get("measures", {}),
+            entry.get("level", 0),
+        )
+        for n, entry in enumerate(entries)
+    )
 
 
 def _given(**fields: Any) -> dict[str, Any]:
@@ -111,26 +133,18 @@ def _given(**fields: Any) -> dict[str, Any]:
 def _build(head: Mapping[str, Any], arrays: list[NDArray[Any]]) -> Value:
     if head["type"] == "bytes":
         return arrays[0].tobytes()
+    if head["type"] == "Image2D":
+        return Image2D(tuple(arrays), tuple(head["dpi"]) if head["dpi"] else None, ImageFile(**head["file"]))
     if head["type"] == "Scene":
-        surfaces = tuple(
-            Surface(
-                entry["name"],
-                entry["label"],
-                tuple(entry["color"]),
-                arrays[2 * n],
-                arrays[2 * n + 1],
-                entry.get("measures", {}),
-                entry.get("level", 0),
-            )
-            for n, entry in enumerate(head["surfaces"])
-        )
+        surfaces = _surfaces(head["surfaces"], arrays)
         files = SceneFiles(**head.get("files", {}))
         rest = arrays[2 * len(surfaces) :]
         lines = tuple(
             Line(entry["name"], entry["label"], tuple(entry["color"]), rest[2 * n], rest[2 * n + 1])
             for n, entry in enumerate(head.get("lines", ()))
         )
-        return Scene(surfaces, head["frame"], tuple(head["notes"]), files, head.get("facts", {}), lines)
+        screen = _surfaces(head.get("screen", ()), rest[2 * len(lines) :])
+        return Scene(surfaces, head["frame"], tuple(head["notes"]), files, head.get("facts", {}), lines, screen)
     x, y, z = (tuple(row) for row in head["direction"])
     geometry = (tuple(head["spacing_mm"]), tuple(head["origin_mm"]), (x, y, z))
     if head["type"] == "LabelMap":

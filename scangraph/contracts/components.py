@@ -15,7 +15,11 @@ PortKind = Literal["image", "mask", "scene", "image2d", "report"]
 Phase = Literal["any", "native", "arterial", "portal", "delayed"]
 
 #: What the file of each kind of port is called in requests and answers: `image` -> `image_path`, a scene -> `obj_path`.
-_PATH_NAMES: dict[str, str] = {"scene": "obj", "image2d": "png", "report": "json"}
+_PATH_NAMES: dict[str, str] = {"scene": "obj", "report": "json"}
+
+
+#: Kinds that a file can be read as; scenes and reports are made.
+READABLE = frozenset({"image", "mask", "image2d"})
 
 
 class NoParameters(BaseModel):
@@ -70,6 +74,8 @@ class Component(BaseModel):
         Name of the Serve deployment that runs it; equal to the stage's folder and environment.
     parameters : type of BaseModel
         Validates and documents the parameters.
+    uses_models : bool
+        Whether a model decides the result, too: its stage is asked which one before each run.
     constraints : tuple of str
         Its limits in plain words, shown wherever it is described.
     """
@@ -84,7 +90,13 @@ class Component(BaseModel):
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     parameters: type[BaseModel] = NoParameters
+    uses_models: bool = False
     constraints: tuple[str, ...] = ()
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether all that it takes can be read from files, so that it has an endpoint and a pipeline of its own."""
+        return all(port.kind in READABLE for port in self.inputs)
 
     def describe(self) -> dict[str, Any]:
         """Return the declaration as plain JSON values, the parameters as a JSON Schema."""

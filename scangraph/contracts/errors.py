@@ -518,7 +518,7 @@ class StorageUnavailable(TransientError):
     """The object storage does not answer."""
 
     code, title = "storage-unavailable", "The storage cannot be reached"
-    template = "{path!r}: the storage did not answer ({reason}). Nothing was lost; try again."
+    template = "The storage cannot be used for {path!r}: {reason}. Nothing was lost; try again."
 
 
 class LeaseLost(TransientError):
@@ -575,3 +575,98 @@ class UnusableText(UsageError):
 
     code, title, status = "unusable-text", "A text in the request cannot be used", 422
     template = "A text in the request has a NUL character, which no record can hold."
+
+
+class InputDigestMismatch(UsageError):
+    """An input is not the file that was meant."""
+
+    code, title = "input-digest-mismatch", "An input is not the file that was meant"
+    template = "Input {name!r} has the SHA-256 {found}, and {announced} was announced."
+
+
+class InvalidMessage(UsageError):
+    """A message that is no request; `errors` points at what does not fit."""
+
+    code, title = "invalid-message", "The message is no request"
+    template = "{detail}"
+
+
+class DoorClosed(TransientError):
+    """A door that takes nothing in as it is set up now."""
+
+    code, title = "door-closed", "A door is closed"
+    template = "The {door} door takes nothing in: {reason}."
+
+
+class InvalidSetting(FatalError):
+    """Settings that something refuses to be made with."""
+
+    code, title = "invalid-setting", "A setting does not fit"
+    template = "The settings of {section!r} do not fit: {reason}. `scangraph settings` lists them."
+
+
+class GatewayLost(TransientError):
+    """The process that worked on a call ended."""
+
+    code, title = "gateway-lost", "The gateway went away"
+    template = "The gateway's process ended while it worked on this call. Look whether it was done before you send it again."
+
+
+class Overloaded(TransientError):
+    """No gateway can take a call."""
+
+    code, title = "overloaded", "The service is busy"
+    template = "No gateway can take the call now; nothing was done with it. Send it again."
+
+
+class TooManyStreams(TransientError):
+    """More of something than one connection, or one gateway, may have."""
+
+    code, status, title = "too-many-streams", 429, "Too many at once"
+    template = "{what}, and no more than {limit} may be open. {hint}."
+
+
+class Idle(UsageError):
+    """A call on which nothing happens."""
+
+    code, status, title = "idle", 408, "Nothing came"
+    template = "{detail} Begin a new call when there is something to send."
+
+
+class InvalidChunk(UsageError):
+    """A chunk that does not belong where it is."""
+
+    code, title = "invalid-chunk", "The chunk does not fit"
+    template = "Chunk {chunk} of image {image!r}: {reason}. Nothing of the image was kept; send it again."
+
+
+# --- 2-D images ------------------------------------------------------------------------------------------------------------
+
+
+class InvalidImage(UsageError):
+    """An array that is no 2-D image."""
+
+    code, title = "invalid-image", "The image is not valid"
+
+
+class TooManyPixels(ImageFileError):
+    """A 2-D image over the limits."""
+
+    code, status, title = "too-many-pixels", 413, "The image has too many pixels"
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+
+class CrossSite(UsageError):
+    """A request by cookie that another page may have made the browser send."""
+
+    code, status, title = "cross-site-request", 403, "Only the service's own page may do this with its cookie"
+    template = "The request came with a cookie, and {reason}. Programs send `Authorization: Bearer <token>` instead."
+
+
+class StillAtWork(UsageError):
+    """What waits or runs is not deleted."""
+
+    code, status, title = "still-at-work", 409, "The execution has not ended"
+    template = "Execution {execution_id} is {state}; cancel it (POST /v1/executions/{execution_id}/cancel), then delete it."

@@ -221,7 +221,8 @@ def assign_parameters(
     Parameters
     ----------
     given : mapping
-        `{"steps": {id: {name: value}}}`, and flat names as aliases where exactly one step has a parameter of that name.
+        `{"steps": {id: {name: value}}}`, and flat names as aliases: a parameter's own where exactly one step has it, or
+        `<step>_<parameter>`, as in `resize_width`.
 
     Returns
     -------
@@ -237,14 +238,14 @@ def assign_parameters(
     for name, value in given.items():
         if name == "steps":
             continue
-        owners = [step for step, names in takes.items() if name in names]
+        owners = [(id_, own) for id_, names in takes.items() for own in names if name in {own, f"{id_}_{own}"}]
         if len(owners) == 1:
-            per_step[owners[0]][name] = value
-            pointers[owners[0], name] = f"/parameters/{name}"
+            owner, own = owners[0]
+            per_step[owner][own] = value
+            pointers[owner, own] = f"/parameters/{name}"
         else:
-            why = (
-                f"the steps {', '.join(owners)} have it: say which, under `steps`" if owners else "no step has such a parameter"
-            )
+            several = ", ".join(id_ for id_, _ in owners)
+            why = f"the steps {several} have it: say which, under `steps`" if owners else "no step has such a parameter"
             faults.append({"pointer": f"/parameters/{name}", "detail": f"{name}: {why}"})
     explicit = given.get("steps", {})
     if not isinstance(explicit, Mapping):
@@ -279,7 +280,7 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
     labels : mapping
         Number -> name of the label table.
     """
-    specs = [one_step_pipeline(c) for c in components if all(p.kind in {"image", "mask"} for p in c.inputs)]
+    specs = [one_step_pipeline(c) for c in components if c.reads_files]
     known = {component.id: component for component in components}
     once = sorted(number for number, name in labels.items() if name not in _NAMED_TWICE)
     scene = {"id": "scene", "component": "smoothing/base"}
@@ -355,6 +356,29 @@ def built_in_pipelines(components: Sequence[Component], labels: Mapping[int, str
                 "scene": "scene.scene",
                 "preview": "preview.picture",
             },
+        },
+        {
+            "name": "resize-ai-detect",
+            "title": "Resize, detect, convert",
+            "description": "Makes a 2-D image smaller, finds objects in it, draws them and writes it in another format. "
+            "Parameters: resize_width, ai_model, output_format.",
+            "inputs": {"image": {"kind": "image2d", "description": "JPEG, PNG, TIFF or WebP"}},
+            "steps": [
+                {
+                    "id": "resize",
+                    "component": "image/resize",
+                    "inputs": {"image": "input.image"},
+                    "parameters": {"width": 1280, "enlarge": False},
+                },
+                {"id": "ai", "component": "image/detect", "inputs": {"image": "resize.image"}},
+                {
+                    "id": "output",
+                    "component": "image/convert",
+                    "inputs": {"image": "ai.image"},
+                    "parameters": {"format": "jpeg"},
+                },
+            ],
+            "outputs": {"image": "output.image", "boxes": "ai.boxes"},
         },
     ]
     for entry in written:

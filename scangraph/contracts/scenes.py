@@ -17,6 +17,8 @@ from scangraph.contracts.errors import InvalidVolume, UsageError
 Frame = Literal["LPS", "RAS"]
 SceneFormat = Literal["obj", "glb", "stl", "ply"]
 GlbUnit = Literal["m", "mm"]
+#: Triangles of a scene that a browser turns smoothly.
+SCREEN_TRIANGLES = 150_000
 
 
 def _rebuild(
@@ -220,6 +222,8 @@ class Scene:
         Plain JSON values about the whole scene, for its manifest: the source's grid, the parameters.
     lines : tuple of Line
         Centrelines beside, or instead of, the surfaces.
+    screen : tuple of Surface
+        The same structures with few triangles, for copies that screens show; in none of the scene's files.
     """
 
     surfaces: tuple[Surface, ...]
@@ -228,6 +232,7 @@ class Scene:
     files: SceneFiles = field(default=SceneFiles())
     facts: Mapping[str, Any] = field(default_factory=dict)
     lines: tuple[Line, ...] = field(default=())
+    screen: tuple[Surface, ...] = field(default=())
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "facts", _plain(self.facts))
@@ -237,9 +242,23 @@ class Scene:
         if frame == self.frame:
             return self
         turn = np.array([-1, -1, 1], np.float32)
-        turned = tuple(replace(s, vertices_mm=s.vertices_mm * turn, measures=_turned(s.measures)) for s in self.surfaces)
+        turned, screen = (
+            tuple(replace(s, vertices_mm=s.vertices_mm * turn, measures=_turned(s.measures)) for s in some)
+            for some in (self.surfaces, self.screen)
+        )
         lines = tuple(replace(line, points_mm=line.points_mm * turn) for line in self.lines)
-        return replace(self, surfaces=turned, frame=frame, lines=lines)
+        return replace(self, surfaces=turned, frame=frame, lines=lines, screen=screen)
+
+    def on_screen(self, most: int = SCREEN_TRIANGLES) -> tuple[Surface, ...]:
+        """Return what a screen shows: `screen`, or the finest level of at most so many triangles, or the coarsest."""
+        if self.screen:
+            return self.screen
+        levels: dict[int, list[Surface]] = {}
+        for surface in self.surfaces:
+            levels.setdefault(surface.level, []).append(surface)
+        fine = [level for level, some in levels.items() if sum(len(surface.faces) for surface in some) <= most]
+        chosen = min(fine) if fine else max(levels, default=0)
+        return tuple(levels.get(chosen, ()))
 
 
 def _turned(measures: Mapping[str, Any]) -> Mapping[str, Any]:

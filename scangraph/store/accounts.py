@@ -16,7 +16,7 @@ from pathlib import Path
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql import ColumnElement
@@ -292,11 +292,12 @@ def _link(token: str, family: str, account_id: str, moment: datetime, seconds: i
 
 
 @whole
-async def next_link(store: Store, token: str, seconds: int) -> Chain:
+async def next_link(store: Store, token: str, seconds: int, leeway: int = 0) -> Chain:
     """Give the next refresh token for this one, which is good once.
 
     Used again, it was stolen, or its thief was first: the whole chain ends (RFC 9700, 4.14.2). Race: two tabs refresh with one
-    token at once; one gets the next link, and the chain ends for both. Clients refresh in one place.
+    token at once; one gets the next link, and the chain ends for both. Clients refresh in one place; those that have none, as
+    a browser's tabs, get some seconds of leeway from its first use on, in which each gets a link of its own.
 
     Raises
     ------
@@ -312,8 +313,12 @@ async def next_link(store: Store, token: str, seconds: int) -> Chain:
         account = await _hold(session, Account.id == holder.scalar_subquery())
         if account is None:
             raise refused
-        mine = update(RefreshToken).where(RefreshToken.token_hash == digest, RefreshToken.used_at.is_(None))
-        used = mine.where(RefreshToken.revoked_at.is_(None), RefreshToken.expires_at > moment).values(used_at=moment)
+        fresh_enough: ColumnElement[bool] = RefreshToken.used_at.is_(None)
+        if leeway:  # not a leeway of nothing: who asked earlier and came later would find a use after its own moment
+            fresh_enough = or_(fresh_enough, RefreshToken.used_at > moment - timedelta(seconds=leeway))
+        mine = update(RefreshToken).where(RefreshToken.token_hash == digest, fresh_enough)
+        first_use = func.coalesce(RefreshToken.used_at, moment)
+        used = mine.where(RefreshToken.revoked_at.is_(None), RefreshToken.expires_at > moment).values(used_at=first_use)
         query = used.returning(RefreshToken.family).execution_options(synchronize_session=False)
         family = (await session.execute(query)).scalar_one_or_none()
         if family is not None:
@@ -336,6 +341,21 @@ async def log_out(store: Store, account_id: str, jti: str, expires_at: datetime)
         if known is None:
             session.add(RevokedToken(jti=jti, expires_at=expires_at))
         await session.execute(delete(RefreshToken).where(RefreshToken.account_id == account_id))
+
+
+@whole
+async def end_chain(store: Store, token: str, access: tuple[str, str, datetime] | None = None) -> None:
+    """End the chain of a refresh token, and an access token (account's id, jti, its end); the account's others stay."""
+    holder = select(RefreshToken.account_id).where(RefreshToken.token_hash == _digest(token)).scalar_subquery()
+    async with store.write() as session:
+        await _hold(session, Account.id == (access[0] if access else holder))
+        if access is not None:
+            await session.execute(delete(RevokedToken).where(RevokedToken.expires_at < now()))
+            if await session.get(RevokedToken, access[1]) is None:
+                session.add(RevokedToken(jti=access[1], expires_at=access[2]))
+        family = select(RefreshToken.family).where(RefreshToken.token_hash == _digest(token)).scalar_subquery()
+        ended = delete(RefreshToken).where(RefreshToken.family == family)
+        await session.execute(ended.execution_options(synchronize_session=False))
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,15 @@ from typing import Any, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, DateTime, Dialect, event, text
+from sqlalchemy import Connection, DateTime, Dialect, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.types import TypeDecorator
 
+from scangraph import metrics
 from scangraph.contracts.errors import StoreUnavailable, UnusableText
+from scangraph.store import sqlite
 
 log = logging.getLogger("scangraph")
 
@@ -30,6 +32,8 @@ _MIGRATIONS = Path(__file__).with_name("migrations")
 _MIGRATION_LOCK = 0x5CA9
 #: PostgreSQL's word for a text with a NUL; SQLite takes it and finds nothing.
 _NOT_IN_REPERTOIRE = "22021"
+_POOL: dict[str, Any] = {"pool_size": 8, "max_overflow": 4, "pool_timeout": 30}
+_IN_MEMORY = {None, "", ":memory:"}
 #: Between two looks whether another process still writes.
 _LOOK_SECONDS = 0.001
 
@@ -67,7 +71,7 @@ def whole(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutin
     """Let a transaction that has begun run to its end, also where its caller is cancelled.
 
     A driver that is interrupted in the middle of `BEGIN` or `COMMIT` leaves a connection of which nobody knows whether it
-    holds the lock (seen with aiosqlite: every writer waited for 30 s). So a cancelled caller leaves at once, and what it began
+    holds the lock (seen: every writer waited for 30 s). So a cancelled caller leaves at once, and what it began
     is done or not done as if it had been cancelled a moment later.
     """
 
@@ -93,16 +97,20 @@ class Store:
     Parameters
     ----------
     url : str
-        `sqlite+aiosqlite:///…` or `postgresql+asyncpg://…`.
+        `sqlite:///…` or `postgresql+asyncpg://…`.
+    outbox : bool
+        Whether events are also noted for a message broker.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, outbox: bool = False) -> None:
+        self.url, self.outbox = url, outbox
         self.is_sqlite = url.startswith("sqlite")
         self.engine = _engine(url)
         self._read = async_sessionmaker(self.engine, expire_on_commit=False)
-        self._write = async_sessionmaker(self.engine.execution_options(scangraph_write=True), expire_on_commit=False)
+        writing = self.engine.execution_options(scangraph_write=True)
+        self._write = async_sessionmaker(writing, expire_on_commit=False, info={"outbox": outbox})
         self._line = _Line(self.engine.url.database) if self.is_sqlite else None
+        self._told, self._bell = 0, asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncSession]:
@@ -117,6 +125,18 @@ class Store:
         with _translated():
             async with self._line or contextlib.nullcontext(), self._write.begin() as session:
                 yield session
+        if session.info.get("told"):
+            self._told += 1
+            self._bell.set()
+            self._bell = asyncio.Event()
+
+    async def news(self, seen: int, seconds: float) -> int:
+        """Wait until an execution's event was committed here since number `seen`, and return the newest number."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._told == seen:
+                    await self._bell.wait()
+        return self._told
 
     async def close(self) -> None:
         """Let the connections go."""
@@ -184,11 +204,13 @@ def _translated() -> Any:
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout, OSError) as error:
-        log.warning("the database did not answer: %s", error)
         reason = type(getattr(error, "orig", None) or error).__name__
+        log.warning("the database did not answer: %s", reason)
+        metrics.DATABASE_ERRORS.add()
         raise StoreUnavailable(reason=reason, retry_after_seconds=2) from error
     except DBAPIError as error:
         if error.connection_invalidated:
+            metrics.DATABASE_ERRORS.add()
             raise StoreUnavailable(reason="the connection was lost", retry_after_seconds=2) from error
         if getattr(error.orig, "sqlstate", None) == _NOT_IN_REPERTOIRE:
             raise UnusableText from error
@@ -198,7 +220,10 @@ def _translated() -> Any:
 def _engine(url: str) -> AsyncEngine:
     if not url.startswith("sqlite"):
         return create_async_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=10, pool_timeout=10)
-    engine = create_async_engine(url, pool_size=8, max_overflow=4, pool_timeout=30, connect_args={"timeout": 30})
+    sqlite.register()
+    options = {"timeout": sqlite.LOCK_SECONDS, "check_same_thread": False, "factory": sqlite.Connection}
+    inline = make_url(url).set(drivername=sqlite.NAME)
+    engine = create_async_engine(inline, connect_args=options, **({} if inline.database in _IN_MEMORY else _POOL))
 
     @event.listens_for(engine.sync_engine, "connect")
     def _configure(connection: Any, _record: Any) -> None:
@@ -212,8 +237,11 @@ def _engine(url: str) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def _begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get("scangraph_write")
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        raw: Any = connection.connection.dbapi_connection
+        if connection.get_execution_options().get("scangraph_write"):
+            sqlite.begin_writing(raw)
+        else:
+            raw.execute("BEGIN")
 
     return engine
 
@@ -242,15 +270,15 @@ async def migrate(store: Store) -> None:
             await connection.run_sync(upgrade)
 
 
-async def open_store(url: str) -> Store:
-    """Open the database at its newest schema.
+async def open_store(url: str, outbox: bool = False) -> Store:
+    """Open the database at its newest schema; `outbox` as for `Store`.
 
     Raises
     ------
     StoreUnavailable
         If it does not answer.
     """
-    store = Store(url)
+    store = Store(url, outbox)
     if store.is_sqlite and store.engine.url.database:
         folder = Path(store.engine.url.database).parent
         await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)

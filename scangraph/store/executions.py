@@ -11,26 +11,48 @@ from __future__ import annotations
 
 import statistics
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import Table, and_, bindparam, delete, exists, func, insert, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from scangraph import metrics, tracing
 from scangraph.contracts import Progress, StepSummary
 from scangraph.contracts.api import TERMINAL, Priority
 from scangraph.contracts.errors import AlreadyEnded, IdempotencyMismatch, LeaseLost, NoSuch, QueueFull
 from scangraph.contracts.pipelines import PipelineSpec
 from scangraph.storage import Storage
 from scangraph.store.database import Store, now, whole
-from scangraph.store.tables import Event, Execution, File, IdempotencyKey, PipelineRevision, Step
+from scangraph.store.derived import drop_derived
+from scangraph.store.tables import Base, Event, Execution, File, IdempotencyKey, Outbox, Pipeline, PipelineRevision, Step
 
 _RANK: dict[str, int] = {"high": 0, "normal": 1, "low": 2}
+#: A lease is renewed when so much of it is left: looking at it costs less than writing.
+_RENEWED_AT = 0.75
 #: How many earlier runs an estimate looks at.
 _HISTORY = 20
+#: What all pipelines are called in numbers that are not built in: everybody may make some.
+CUSTOM = "custom"
+
+
+def _table(of: type[Base]) -> Table:
+    """Return a class's table: statements on it make no objects, which what is written at every step need not pay for."""
+    return cast("Table", of.__table__)
+
+
+_ROW = _table(Execution)
+_NUMBERED = (
+    update(_ROW)
+    .where(_ROW.c.id == bindparam("execution"))
+    .values(last_seq=_ROW.c.last_seq + 1)
+    .returning(_ROW.c.last_seq, _ROW.c.state, _ROW.c.error)
+)
+_STEPS = select(_table(Step)).where(_table(Step).c.execution_id == bindparam("execution")).order_by(_table(Step).c.position)
+_EVENT = insert(_table(Event))
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,10 @@ class Claim:
     parameters: dict[str, dict[str, Any]]
     input_bytes: int
     cancel_requested: bool
+    started_at: datetime | None = None
+    traceparent: str | None = None
+    kind: str = CUSTOM  # name of a built-in pipeline
+    queue_key: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,25 +186,25 @@ async def _accept(
         await _check_room(session, owner, limits)
         await _hold_files(session, new.inputs)
         execution_id = str(uuid.uuid4())
-        row = Execution(
-            id=execution_id,
-            owner_id=owner,
-            pipeline_id=new.pipeline_id,
-            revision=new.revision,
-            pipeline=new.spec.name,
-            inputs=dict(new.inputs),
-            parameters={step: dict(values) for step, values in new.parameters.items()},
-            input_bytes=new.input_bytes,
-            retry_of=new.retry_of,
-            priority=new.priority,
-            queue_key=created.timestamp() + limits.ageing_seconds * _RANK[new.priority],
-            state="pending",
-            created_at=created,
-            fence=0,
-            last_seq=0,
-        )
-        session.add(row)
-        await session.flush()
+        row = {
+            "id": execution_id,
+            "owner_id": owner,
+            "pipeline_id": new.pipeline_id,
+            "revision": new.revision,
+            "pipeline": new.spec.name,
+            "inputs": dict(new.inputs),
+            "parameters": {step: dict(values) for step, values in new.parameters.items()},
+            "input_bytes": new.input_bytes,
+            "retry_of": new.retry_of,
+            "priority": new.priority,
+            "queue_key": created.timestamp() + limits.ageing_seconds * _RANK[new.priority],
+            "state": "pending",
+            "created_at": created,
+            "fence": 0,
+            "last_seq": 0,
+            "traceparent": tracing.here(),
+        }
+        await session.execute(insert(_ROW), row)
         steps = [
             {
                 "execution_id": execution_id,
@@ -190,13 +216,14 @@ async def _accept(
             }
             for position, step in enumerate(new.spec.steps)
         ]
-        await session.execute(insert(Step), steps)
+        await session.execute(insert(_table(Step)), steps)
         if idempotency is not None:
             key, digest = idempotency
             values = {"owner_id": owner or "", "key": key, "body_sha256": digest}
             await session.execute(insert(IdempotencyKey).values(**values, execution_id=execution_id, created_at=created))
         await _tell(session, execution_id)
-        return execution_id, False
+    metrics.ACCEPTED.add(priority=new.priority)
+    return execution_id, False
 
 
 @whole
@@ -265,7 +292,7 @@ async def load(store: Store, execution_id: str, slots: int = 1) -> Record:
             raise NoSuch(kind="execution", id=execution_id)
         steps = (await session.execute(select(Step).where(Step.execution_id == execution_id).order_by(Step.position))).scalars()
         files: Sequence[File] = ()
-        if execution.state == "completed":
+        if execution.state in {"running", "completed"}:
             query = select(File).where(File.execution_id == execution_id).order_by(File.created_at, File.output, File.filename)
             files = (await session.execute(query)).scalars().all()
         position = await _position(session, execution)
@@ -310,6 +337,28 @@ async def _estimate(session: AsyncSession, execution: Execution, position: int |
     anything = await _durations(session)
     wait = statistics.median(s for s, _ in anything) * ((position or 1) - 1) / max(slots, 1)
     return now() + timedelta(seconds=wait + seconds)
+
+
+@whole
+async def expected_seconds(store: Store, revisions: Collection[tuple[str, int]]) -> dict[str, float]:
+    """Return the median time of the last completed runs of pipelines' revisions, by pipeline; none where there are none."""
+    found = {}
+    async with store.read() as session:
+        for pipeline_id, revision in revisions:
+            runs = await _durations(session, Execution.pipeline_id == pipeline_id, Execution.revision == revision)
+            if runs:
+                found[pipeline_id] = round(statistics.median(seconds for seconds, _ in runs), 3)
+    return found
+
+
+@whole
+async def step_runs(store: Store, limit: int = 500) -> list[tuple[str, float, int]]:
+    """Return (component, seconds, the execution's input bytes) of the last computed steps, the oldest first."""
+    query = select(Step.component, Step.seconds, Execution.input_bytes).join(Execution, Execution.id == Step.execution_id)
+    query = query.where(Execution.state == "completed", ~Step.cached, Step.seconds.is_not(None))
+    async with store.read() as session:
+        rows = (await session.execute(query.order_by(Execution.created_at.desc()).limit(limit))).all()
+    return [(component, seconds or 0.0, size or 0) for component, seconds, size in reversed(rows)]
 
 
 async def _durations(session: AsyncSession, *conditions: Any) -> list[tuple[float, int | None]]:
@@ -411,6 +460,42 @@ async def counts(store: Store) -> dict[str, int]:
         return {state: int(number) for state, number in rows}
 
 
+@dataclass(frozen=True)
+class Census:
+    """What there is, for whoever looks from outside.
+
+    Parameters
+    ----------
+    executions : dict
+        (state, name of the built-in pipeline or `CUSTOM`) -> number.
+    waiting : dict
+        Priority -> number of those in the queue.
+    oldest_seconds : float
+        How long the first of these was accepted ago, 0 where none waits.
+    """
+
+    executions: dict[tuple[str, str], int]
+    waiting: dict[str, int]
+    oldest_seconds: float
+
+
+@whole
+async def census(store: Store) -> Census:
+    """Count the executions."""
+    async with store.read() as session:
+        built_in = select(Pipeline.name).where(Pipeline.built_in)
+        names = {name for name in (await session.execute(built_in)).scalars() if name is not None}
+        grouped = select(Execution.state, Execution.pipeline, func.count()).group_by(Execution.state, Execution.pipeline)
+        found = dict.fromkeys(((state, name) for state in ("pending", "running", *TERMINAL) for name in (*names, CUSTOM)), 0)
+        for state, pipeline, number in (await session.execute(grouped)).all():
+            found[state, pipeline if pipeline in names else CUSTOM] += number
+        queue = select(Execution.priority, func.count(), func.min(Execution.created_at))
+        rows = (await session.execute(queue.where(Execution.state == "pending").group_by(Execution.priority))).all()
+    first = min((created for _, _, created in rows), default=None)
+    waiting = {**dict.fromkeys(_RANK, 0), **{priority: int(number) for priority, number, _ in rows}}
+    return Census(found, waiting, max((now() - first).total_seconds(), 0.0) if first else 0.0)
+
+
 # --- cancelling ------------------------------------------------------------------------------------------------------------
 
 
@@ -427,18 +512,22 @@ async def request_cancel(store: Store, execution_id: str) -> str:
     """
     async with store.write() as session:
         waiting = update(Execution).where(Execution.id == execution_id, Execution.state == "pending")
-        if await _changed(session, waiting.values(state="cancelled", completed_at=now(), cancel_requested_at=now())):
-            await _close_steps(session, execution_id, running="cancelled")
-            await _tell(session, execution_id)
-            return "cancelled"
-        working = update(Execution).where(Execution.id == execution_id, Execution.state == "running")
-        wish = func.coalesce(Execution.cancel_requested_at, now())
-        if await _changed(session, working.values(cancel_requested_at=wish)):
-            return "running"
-        state = (await session.execute(select(Execution.state).where(Execution.id == execution_id))).scalar_one_or_none()
-        if state is None:
-            raise NoSuch(kind="execution", id=execution_id)
-        raise AlreadyEnded(execution_id=execution_id, state=state, hint="start a new one to run it again")
+        if not await _changed(session, waiting.values(state="cancelled", completed_at=now(), cancel_requested_at=now())):
+            working = update(Execution).where(Execution.id == execution_id, Execution.state == "running")
+            wish = func.coalesce(Execution.cancel_requested_at, now())
+            if await _changed(session, working.values(cancel_requested_at=wish)):
+                return "running"
+            state = (await session.execute(select(Execution.state).where(Execution.id == execution_id))).scalar_one_or_none()
+            if state is None:
+                raise NoSuch(kind="execution", id=execution_id)
+            raise AlreadyEnded(execution_id=execution_id, state=state, hint="start a new one to run it again")
+        await _close_steps(session, execution_id, running="cancelled")
+        await _drop_files(session, execution_id)
+        await _tell(session, execution_id)
+        of_it = select(Pipeline.name).join(Execution, Execution.pipeline_id == Pipeline.id).where(Execution.id == execution_id)
+        kind = (await session.execute(of_it.where(Pipeline.built_in))).scalar_one_or_none()
+    metrics.ENDED.add(pipeline=kind or CUSTOM, state="cancelled")
+    return "cancelled"
 
 
 # --- working ---------------------------------------------------------------------------------------------------------------
@@ -461,6 +550,12 @@ async def claim(store: Store, worker: str, lease_seconds: float, room_bytes: int
     Race: several executors ask at once. On PostgreSQL the row is locked and others skip it; SQLite has one writer.
     The old executor may still be alive, only slow: its fence is outdated from here on, and each of its writes is refused.
     """
+    async with store.read() as session:  # there is nothing, most times, and nobody needs to wait for that
+        silence = and_(Execution.state == "running", Execution.lease_until < now())
+        if not (
+            await session.execute(select(or_(exists().where(Execution.state == "pending"), exists().where(silence))))
+        ).scalar():
+            return None
     async with store.write() as session:
         moment = now()
         expired = select(Execution).where(Execution.state == "running", Execution.lease_until < moment)
@@ -473,22 +568,20 @@ async def claim(store: Store, worker: str, lease_seconds: float, room_bytes: int
                 break
         if row is None or (room_bytes is not None and (row.input_bytes or 0) > room_bytes):
             return None
+        again = row.started_at is not None
+        silent = row.state == "running"
         row.state = "running"
         row.started_at = row.started_at or moment
         row.lease_owner, row.lease_until = worker, moment + timedelta(seconds=lease_seconds)
         row.fence += 1
         interrupted = update(Step).where(Step.execution_id == row.id, Step.state == "running")
         await session.execute(interrupted.values(state="pending", message="interrupted", done=0, total=0))
-        spec = (
-            await session.execute(
-                select(PipelineRevision.spec).where(
-                    PipelineRevision.pipeline_id == row.pipeline_id, PipelineRevision.revision == row.revision
-                )
-            )
-        ).scalar_one()
+        revision = select(PipelineRevision.spec, Pipeline.built_in).join(Pipeline, Pipeline.id == PipelineRevision.pipeline_id)
+        revision = revision.where(Pipeline.id == row.pipeline_id, PipelineRevision.revision == row.revision)
+        spec, built_in = (await session.execute(revision)).one()
         await session.flush()
         await _tell(session, row.id)
-        return Claim(
+        claimed = Claim(
             row.id,
             row.fence,
             row.owner_id,
@@ -500,7 +593,16 @@ async def claim(store: Store, worker: str, lease_seconds: float, room_bytes: int
             dict(row.parameters),
             row.input_bytes or 0,
             row.cancel_requested_at is not None,
+            row.started_at,
+            row.traceparent,
+            row.pipeline if built_in else CUSTOM,
+            row.queue_key,
         )
+    if silent:
+        metrics.TAKEN_OVER.add()
+    elif not again:
+        metrics.WAITED.observe((moment - row.created_at).total_seconds(), priority=row.priority)
+    return claimed
 
 
 @whole
@@ -517,12 +619,16 @@ async def renew(store: Store, worker: str, claims: Iterable[Claim], lease_second
     fences = {claim.execution_id: claim.fence for claim in claims}
     if not fences:
         return set(), set()
-    async with store.write() as session:
-        mine = and_(Execution.id.in_(fences), Execution.lease_owner == worker, Execution.state == "running")
-        await session.execute(update(Execution).where(mine).values(lease_until=now() + timedelta(seconds=lease_seconds)))
-        rows = (await session.execute(select(Execution.id, Execution.fence, Execution.cancel_requested_at).where(mine))).all()
-    kept = {key for key, fence, _ in rows if fences[key] == fence}
-    return fences.keys() - kept, {key for key, _, wish in rows if wish is not None and key in kept}
+    mine = and_(Execution.id.in_(fences), Execution.lease_owner == worker, Execution.state == "running")
+    columns = Execution.id, Execution.fence, Execution.cancel_requested_at, Execution.lease_until
+    async with store.read() as session:
+        rows = (await session.execute(select(*columns).where(mine))).all()
+    length = timedelta(seconds=lease_seconds)
+    if any(until is not None and until - now() < length * _RENEWED_AT for *_, until in rows):
+        async with store.write() as session:
+            await session.execute(update(Execution).where(mine).values(lease_until=now() + length))
+    kept = {key for key, fence, *_ in rows if fences[key] == fence}
+    return fences.keys() - kept, {key for key, _, wish, _ in rows if wish is not None and key in kept}
 
 
 @whole
@@ -542,59 +648,122 @@ async def note_inputs(store: Store, claim: Claim, inputs: Mapping[str, Any]) -> 
         await _guard(session, claim, inputs=dict(inputs))
 
 
-@whole
-async def start_step(store: Store, claim: Claim, step_id: str, message: str = "") -> None:
-    """Say that a step has begun; its first start is kept over retries."""
-    async with store.write() as session:
-        await _guard(session, claim)
-        started = func.coalesce(Step.started_at, now())
-        values = {"state": "running", "started_at": started, "message": message, "completed_at": None, "error": None}
-        await session.execute(_step(claim, step_id).values(**values))
-        await _tell(session, claim.execution_id)
+@dataclass(frozen=True)
+class StepStarted:
+    """A step has begun; its first start is kept over retries."""
+
+    step_id: str
+    message: str = ""
+    at: datetime = field(default_factory=now)
+
+    def values(self) -> dict[str, Any]:
+        """Return the columns it changes."""
+        started = func.coalesce(Step.started_at, self.at)
+        return {"state": "running", "started_at": started, "message": self.message, "completed_at": None, "error": None}
 
 
-@whole
-async def report_progress(store: Store, claim: Claim, news: Mapping[str, tuple[Progress, int]]) -> None:
-    """Write down how far steps are: step id -> (progress, attempt)."""
-    async with store.write() as session:
-        await _guard(session, claim)
-        for step_id, (progress, attempt) in news.items():
-            values: dict[str, Any] = {
-                "done": progress.done,
-                "total": progress.total,
-                "message": progress.message,
-                "attempts": attempt,
-            }
-            if progress.resources:
-                values["resources"] = progress.resources
-            await session.execute(_step(claim, step_id).where(Step.state == "running").values(**values))
-        await _tell(session, claim.execution_id)
+@dataclass(frozen=True)
+class StepProgress:
+    """How far a running step is."""
+
+    step_id: str
+    progress: Progress
+    attempt: int
+
+    def values(self) -> dict[str, Any]:
+        """Return the columns it changes."""
+        told = self.progress
+        values = {"done": told.done, "total": told.total, "message": told.message, "attempts": self.attempt}
+        return values | ({"resources": told.resources} if told.resources else {})
 
 
-@whole
-async def finish_step(
-    store: Store, claim: Claim, step_id: str, summary: StepSummary, *, attempts: int, result_key: str, cached: bool
-) -> None:
-    """Say that a step has its result."""
-    moment = now()
-    async with store.write() as session:
-        await _guard(session, claim)
-        values = {
+@dataclass(frozen=True)
+class StepFinished:
+    """A step has its result."""
+
+    step_id: str
+    summary: StepSummary
+    attempts: int
+    result_key: str
+    cached: bool
+    at: datetime = field(default_factory=now)
+
+    def values(self) -> dict[str, Any]:
+        """Return the columns it changes."""
+        return {
             "state": "completed",
-            "started_at": func.coalesce(Step.started_at, moment),
-            "completed_at": moment,
-            "seconds": summary.seconds,
-            "peak_mb": summary.peak_mb,
-            "warnings": list(summary.warnings),
-            "facts": dict(summary.facts),
-            "attempts": attempts,
-            "cached": cached,
-            "result_key": result_key,
+            "started_at": func.coalesce(Step.started_at, self.at),
+            "completed_at": self.at,
+            "seconds": self.summary.seconds,
+            "peak_mb": self.summary.peak_mb,
+            "warnings": list(self.summary.warnings),
+            "facts": dict(self.summary.facts),
+            "attempts": self.attempts,
+            "cached": self.cached,
+            "result_key": self.result_key,
             "done": Step.total,
             "message": "",
         }
-        await session.execute(_step(claim, step_id).values(**values))
-        await _tell(session, claim.execution_id)
+
+
+@dataclass(frozen=True)
+class OutputWritten:
+    """An output of the execution can be read, while the rest of it is at work."""
+
+    output: str
+    files: Sequence[NewFile]
+    expires_at: datetime | None
+
+
+Change = StepStarted | StepProgress | StepFinished | OutputWritten
+
+
+@whole
+async def write_down(store: Store, claim: Claim, changes: Sequence[Change]) -> None:
+    """Write what has become of steps since the last time: in their order, in one transaction, told as one event.
+
+    Raises
+    ------
+    LeaseLost
+    """
+    async with store.write() as session:
+        await _guard(session, claim)
+        written = [change for change in changes if isinstance(change, OutputWritten)]
+        for output in written:
+            await _add_files(session, claim, output.files, output.expires_at)
+        for step_id, values in _merged([change for change in changes if not isinstance(change, OutputWritten)]):
+            statement = _step(claim, step_id).values(**values)
+            # Progress that comes after the end is outdated.
+            await session.execute(statement if "state" in values else statement.where(_table(Step).c.state == "running"))
+        await _tell(session, claim.execution_id, [change.output for change in written])
+    for change in changes:
+        if isinstance(change, StepFinished):
+            component = _component(claim, change.step_id)
+            metrics.STEPS.add(component=component, outcome="known" if change.cached else "computed")
+            if not change.cached:
+                metrics.STEP_SECONDS.observe(change.summary.seconds, component=component)
+
+
+def _component(claim: Claim, step_id: str) -> str:
+    return next(step.component for step in claim.spec.steps if step.id == step_id)
+
+
+def _count_end(claim: Claim, state: str) -> None:
+    metrics.ENDED.add(pipeline=claim.kind, state=state)
+    if state == "completed" and claim.started_at is not None:
+        metrics.RAN.observe((now() - claim.started_at).total_seconds(), pipeline=claim.kind)
+
+
+def _merged(changes: Sequence[StepStarted | StepProgress | StepFinished]) -> Iterable[tuple[str, dict[str, Any]]]:
+    """Return one update a step, so that a step that began and ended since the last time costs one statement."""
+    merged: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        known, values = merged.setdefault(change.step_id, {}), change.values()
+        if isinstance(change, StepFinished):  # what it names by the row's columns may be in this very update
+            values |= {"done": known["total"]} if "total" in known else {}
+            values |= {"started_at": known["started_at"]} if "started_at" in known else {}
+        known.update(values)
+    return merged.items()
 
 
 @whole
@@ -606,32 +775,58 @@ async def complete(store: Store, claim: Claim, files: Sequence[NewFile], expires
     """
     moment = now()
     async with store.write() as session:
-        mine = update(Execution).where(*_mine(claim), Execution.cancel_requested_at.is_(None))
+        mine = update(_ROW).where(*_mine(claim), _ROW.c.cancel_requested_at.is_(None))
         if not await _changed(session, mine.values(state="completed", completed_at=moment, lease_owner=None, lease_until=None)):
             await _guard(session, claim)  # raises where it is not ours any more
             return False
-        for number, file in enumerate(files):
-            session.add(
-                File(
-                    id=str(uuid.uuid4()),
-                    owner_id=claim.owner_id,
-                    origin="result",
-                    filename=file.filename,
-                    storage_name=file.storage_name,
-                    kind=file.kind,
-                    media_type=file.media_type,
-                    size=file.size,
-                    sha256=file.sha256,
-                    header=file.header,
-                    execution_id=claim.execution_id,
-                    output=file.output,
-                    created_at=moment + timedelta(microseconds=number),  # keeps their order
-                    expires_at=expires_at,
-                )
-            )
-        await session.flush()
+        await _add_files(session, claim, files, expires_at)
+        table = _table(File)
+        placed = update(table).where(table.c.storage_name == bindparam("name")).values(created_at=bindparam("at"))
+        at = [{"name": f.storage_name, "at": moment + timedelta(microseconds=n)} for n, f in enumerate(files)]
+        if at:  # the order of the outputs, not that in which they were ready
+            await session.execute(placed, at)
         await _tell(session, claim.execution_id)
-        return True
+    _count_end(claim, "completed")
+    return True
+
+
+async def _add_files(session: AsyncSession, claim: Claim, files: Sequence[NewFile], expires_at: datetime | None) -> None:
+    """Give results their rows, but for those that have one: from a moment ago, or from an executor that died then.
+
+    What that one wrote otherwise has another name, and is replaced; the sweep finds its bytes.
+    """
+    names, outputs = [file.storage_name for file in files], {file.output for file in files}
+    rows_of_it = _table(File).c.execution_id == claim.execution_id
+    stale = _table(File).c.output.in_(outputs) & _table(File).c.storage_name.not_in(names)
+    await session.execute(delete(_table(File)).where(rows_of_it, stale))
+    known, moment = set((await session.execute(select(_table(File).c.storage_name).where(rows_of_it))).scalars()), now()
+    rows = [
+        {
+            "id": str(uuid.uuid4()),
+            "owner_id": claim.owner_id,
+            "origin": "result",
+            "filename": file.filename,
+            "storage_name": file.storage_name,
+            "kind": file.kind,
+            "media_type": file.media_type,
+            "size": file.size,
+            "sha256": file.sha256,
+            "header": file.header,
+            "execution_id": claim.execution_id,
+            "output": file.output,
+            "created_at": moment + timedelta(microseconds=number),
+            "expires_at": expires_at,
+        }
+        for number, file in enumerate(files)
+        if file.storage_name not in known
+    ]
+    if rows:
+        await session.execute(insert(_table(File)), rows)
+
+
+async def _drop_files(session: AsyncSession, execution_id: str) -> None:
+    """Forget the results of what ends without completing; whoever wrote the bytes deletes them, or the sweep finds them."""
+    await session.execute(delete(File).where(File.execution_id == execution_id))
 
 
 @whole
@@ -643,7 +838,11 @@ async def fail(store: Store, claim: Claim, error: Mapping[str, Any], step_id: st
             values = {"state": "failed", "completed_at": now(), "error": dict(error)}
             await session.execute(_step(claim, step_id).values(**values))
         await _close_steps(session, claim.execution_id, running="cancelled")
+        await _drop_files(session, claim.execution_id)
         await _tell(session, claim.execution_id)
+    _count_end(claim, "failed")
+    if step_id is not None:
+        metrics.STEPS.add(component=_component(claim, step_id), outcome="failed")
 
 
 @whole
@@ -652,11 +851,13 @@ async def end_cancelled(store: Store, claim: Claim) -> None:
     async with store.write() as session:
         await _guard(session, claim, state="cancelled", completed_at=now(), lease_owner=None, lease_until=None)
         await _close_steps(session, claim.execution_id, running="cancelled")
+        await _drop_files(session, claim.execution_id)
         await _tell(session, claim.execution_id)
+    _count_end(claim, "cancelled")
 
 
 def _mine(claim: Claim) -> tuple[Any, ...]:
-    return Execution.id == claim.execution_id, Execution.state == "running", Execution.fence == claim.fence
+    return _ROW.c.id == claim.execution_id, _ROW.c.state == "running", _ROW.c.fence == claim.fence
 
 
 async def _guard(session: AsyncSession, claim: Claim, **values: Any) -> None:
@@ -666,7 +867,7 @@ async def _guard(session: AsyncSession, claim: Claim, **values: Any) -> None:
     ------
     LeaseLost
     """
-    if not await _changed(session, update(Execution).where(*_mine(claim)).values(values or {"fence": claim.fence})):
+    if not await _changed(session, update(_ROW).where(*_mine(claim)).values(values or {"fence": claim.fence})):
         raise LeaseLost(execution_id=claim.execution_id)
 
 
@@ -676,7 +877,8 @@ async def _changed(session: AsyncSession, statement: Any) -> bool:
 
 
 def _step(claim: Claim, step_id: str) -> Any:
-    return update(Step).where(Step.execution_id == claim.execution_id, Step.step_id == step_id)
+    steps = _table(Step)
+    return update(steps).where(steps.c.execution_id == claim.execution_id, steps.c.step_id == step_id)
 
 
 async def _close_steps(session: AsyncSession, execution_id: str, *, running: str) -> None:
@@ -689,15 +891,11 @@ async def _close_steps(session: AsyncSession, execution_id: str, *, running: str
 # --- telling ---------------------------------------------------------------------------------------------------------------
 
 
-async def _tell(session: AsyncSession, execution_id: str) -> None:
-    """Number and keep what listeners will be told: the execution's state after this transaction."""
-    numbered = update(Execution).where(Execution.id == execution_id).values(last_seq=Execution.last_seq + 1)
-    query = numbered.returning(Execution.last_seq, Execution.state, Execution.error)
-    seq, state, error = (await session.execute(query.execution_options(synchronize_session=False))).one()
-    rows = await session.execute(
-        select(Step).where(Step.execution_id == execution_id).order_by(Step.position).execution_options(populate_existing=True)
-    )
-    steps = list(rows.scalars())
+async def _tell(session: AsyncSession, execution_id: str, new_outputs: Sequence[str] = ()) -> None:
+    """Number and keep what listeners will be told: the execution's state after this transaction, and which outputs are new."""
+    session.info["told"] = True
+    seq, state, error = (await session.execute(_NUMBERED, {"execution": execution_id})).one()
+    steps = (await session.execute(_STEPS, {"execution": execution_id})).all()
     current = next((step.step_id for step in steps if step.state == "running"), None)
     body: dict[str, Any] = {
         "status": state,
@@ -705,14 +903,18 @@ async def _tell(session: AsyncSession, execution_id: str) -> None:
         "progress_percentage": percentage(steps, state),
         "step_details": {step.step_id: step_details(step) for step in steps if step.state != "pending"},
     }
+    if new_outputs:
+        body["new_outputs"] = list(new_outputs)
     if error:
         body["error"] = error
     kind = {"failed": "error", "cancelled": "cancelled"}.get(state, "progress")
     values = {"execution_id": execution_id, "seq": seq, "kind": kind, "body": body, "created_at": now()}
-    await session.execute(insert(Event).values(**values))
+    await session.execute(_EVENT, values)
+    if session.info["outbox"]:
+        await session.execute(insert(Outbox).values(execution_id=execution_id, seq=seq))
 
 
-def step_details(step: Step) -> dict[str, Any]:
+def step_details(step: Any) -> dict[str, Any]:
     """Return what a listener is told of a step, as JSON values."""
     return {
         "status": step.state,
@@ -726,14 +928,14 @@ def step_details(step: Step) -> dict[str, Any]:
     }
 
 
-def step_percentage(step: Step) -> float:
+def step_percentage(step: Any) -> float:
     """Return how far a step is, 0 to 100."""
     if step.state == "completed":
         return 100.0
     return round(100 * min(step.done / step.total, 1), 1) if step.total and step.state == "running" else 0.0
 
 
-def percentage(steps: Sequence[Step], state: str) -> float:
+def percentage(steps: Sequence[Any], state: str) -> float:
     """Return how far an execution is: the mean over its steps; 100 only when it is completed."""
     if state == "completed":
         return 100.0
@@ -747,16 +949,20 @@ def percentage(steps: Sequence[Step], state: str) -> float:
 async def forget(store: Store, storage: Storage, ended_before: datetime, limit: int = 100) -> int:
     """Delete executions that ended long ago, with their results, and return how many.
 
-    The bytes go first: a crash in between leaves records of files that are gone, which the next round deletes.
+    The bytes go first: a crash in between leaves records of files that are gone, which the next round deletes. What a message
+    broker was not told of yet stays until it was.
     """
     old = select(Execution.id).where(Execution.state.in_(TERMINAL), Execution.completed_at < ended_before).limit(limit)
+    if store.outbox:
+        old = old.where(~select(Outbox.position).where(Outbox.execution_id == Execution.id).exists())
     async with store.read() as session:
         ids = list((await session.execute(old)).scalars())
-        names = list((await session.execute(select(File.storage_name).where(File.execution_id.in_(ids)))).scalars())
-    for name in names:
+        files = (await session.execute(select(File.storage_name, File.sha256).where(File.execution_id.in_(ids)))).all()
+    for name, _ in files:
         await storage.delete(name)
     async with store.write() as session:
-        for table in (File, Event, Step, IdempotencyKey):
+        for table in (File, Event, Step, IdempotencyKey, Outbox):
             await session.execute(delete(table).where(table.execution_id.in_(ids)))
         await session.execute(delete(Execution).where(Execution.id.in_(ids)))
+    await drop_derived(store, storage, (digest for _, digest in files))
     return len(ids)

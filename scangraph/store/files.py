@@ -20,8 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from scangraph.contracts.api import TERMINAL
 from scangraph.contracts.errors import InUse, NoSuch, TooManyRequests, UploadConflict
+from scangraph.copies import DISPLAY
 from scangraph.storage import Storage
 from scangraph.store.database import Store, now, whole
+from scangraph.store.derived import drop_derived, nobodys_copies
 from scangraph.store.executions import input_entries
 from scangraph.store.tables import Execution, File, StepResult, Upload, UploadPart
 
@@ -80,6 +82,15 @@ async def by_storage_name(store: Store, name: str) -> File | None:
 
 
 @whole
+async def output_file(store: Store, execution_id: str, output: str, ending: str) -> File | None:
+    """Return that file of an execution's output whose name ends so."""
+    query = select(File).where(File.execution_id == execution_id, File.output == output)
+    async with store.read() as session:
+        files = (await session.execute(query)).scalars()
+        return next((file for file in files if file.filename.endswith(ending)), None)
+
+
+@whole
 async def list_files(
     store: Store,
     *,
@@ -119,16 +130,21 @@ async def delete_file(store: Store, file_id: str) -> File:
     ------
     NoSuch
     InUse
-        While an execution that waits or runs has it among its inputs.
+        While an execution that waits or runs has it among its inputs or results.
     """
     async with store.write() as session:
         row = (await session.execute(select(File).where(File.id == file_id).with_for_update())).scalar_one_or_none()
         if row is None:
             raise NoSuch(kind="file", id=file_id)
-        users = await _users(session)
+        users = await users_of_files(session)
         if using := sorted(users.get(row.id, set()) | users.get(row.storage_name, set())):
             hint = "wait until it has ended, or cancel it"
             raise InUse(kind="file", id=file_id, users=f"execution {', '.join(using[:3])}", hint=hint)
+        if row.execution_id is not None:
+            of_it = select(Execution.state).where(Execution.id == row.execution_id)
+            if (await session.execute(of_it)).scalar_one_or_none() not in {None, *TERMINAL}:
+                hint = "it is a result of it; wait until it has ended, or cancel it"
+                raise InUse(kind="file", id=file_id, users=f"execution {row.execution_id}", hint=hint)
         await session.delete(row)
     return row
 
@@ -139,20 +155,28 @@ async def expire_files(store: Store, moment: datetime) -> list[str]:
     Returns the names of their bytes, for the caller to delete. Race: a file becomes an input meanwhile. `executions.accept`
     holds its row, and this passes over what is held.
     """
-    return await _expire_files(store, moment) + await _expire_uploads(store, moment)
+    return [file.storage_name for file in await _expire_files(store, moment)] + await _expire_uploads(store, moment)
+
+
+async def delete_expired(store: Store, storage: Storage, moment: datetime) -> None:
+    """Delete what `expire_files` takes away, and the copies that were made of it."""
+    files = await _expire_files(store, moment)
+    for name in [*(file.storage_name for file in files), *await _expire_uploads(store, moment)]:
+        await storage.delete(name)
+    await drop_derived(store, storage, (file.sha256 for file in files))
 
 
 @whole
-async def _expire_files(store: Store, moment: datetime) -> list[str]:
+async def _expire_files(store: Store, moment: datetime) -> list[File]:
     async with store.write() as session:
         query = select(File).where(File.expires_at <= moment).order_by(File.expires_at).limit(_BATCH)
         query = query.with_for_update(skip_locked=True)
         rows = (await session.execute(query)).scalars().all()
-        users = await _users(session) if rows else {}
+        users = await users_of_files(session) if rows else {}
         old = [row for row in rows if row.id not in users and row.storage_name not in users]
         for row in old:
             await session.delete(row)
-        return [row.storage_name for row in old]
+        return old
 
 
 @whole
@@ -163,7 +187,7 @@ async def _expire_uploads(store: Store, moment: datetime) -> list[str]:
     return await drop_uploads(store, *old) if old else []
 
 
-async def _users(session: AsyncSession) -> dict[str, set[str]]:
+async def users_of_files(session: AsyncSession) -> dict[str, set[str]]:
     """Return file id or storage name -> the executions that wait or run and read it."""
     working = select(Execution.id, Execution.inputs).where(Execution.state.in_(("pending", "running")))
     users: dict[str, set[str]] = {}
@@ -196,12 +220,14 @@ async def sweep_orphans(store: Store, storage: Storage, older_than: timedelta) -
     swept: list[str] = []
     if storage.local_root is not None:
         swept += await asyncio.to_thread(_sweep_staged, storage.local_root, now() - older_than)
+    for prefix in (FILES, UPLOADS, RESULTS, STEPS, DISPLAY):
+        swept += await storage.sweep_parts(prefix, older_than)
     for prefix in (FILES, UPLOADS):
         old = [stat.name async for stat in storage.list(prefix) if stat.modified < now() - older_than]
         for name in await unnamed(store, old):
             await storage.delete(name)
             swept.append(name)
-    for prefix, nobodys in ((RESULTS, _abandoned_results), (STEPS, _forgotten_steps)):
+    for prefix, nobodys in ((RESULTS, _abandoned_results), (STEPS, _forgotten_steps), (DISPLAY, nobodys_copies)):
         old = [stat.name async for stat in storage.list(prefix) if stat.modified < now() - older_than]
         for name in await nobodys(store, old):
             await storage.delete(name)
@@ -241,7 +267,7 @@ def _second(name: str) -> str:
 def _sweep_staged(root: Path, before: datetime) -> list[str]:
     """Delete what the store was writing in a folder when its process died: `name#1`, which it never lists."""
     swept = []
-    for folder in (FILES, UPLOADS, RESULTS, STEPS):
+    for folder in (FILES, UPLOADS, RESULTS, STEPS, DISPLAY):
         for path in (root / folder).rglob("*#*"):
             staged = re.fullmatch(r".+#\d+", path.name) and path.is_file()
             if staged and path.stat().st_mtime < before.timestamp():

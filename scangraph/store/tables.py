@@ -176,6 +176,8 @@ class Execution(Base):
     # Grows with every claim; whoever writes must name it, so that a process that was thought dead cannot.
     fence: Mapped[int] = mapped_column(Integer, default=0)
     last_seq: Mapped[int] = mapped_column(Integer, default=0)
+    # W3C trace context of the request that made it: its trace goes on after the queue, and after a restart.
+    traceparent: Mapped[str | None] = mapped_column(String(55))
 
     __table_args__ = (
         Index("ix_executions_queue", "state", "queue_key"),
@@ -223,6 +225,30 @@ class Event(Base):
     created_at: Mapped[datetime]
 
 
+class Outbox(Base):
+    """An event that a message broker has not got yet. Rows are there only where one is configured."""
+
+    __tablename__ = "outbox"
+
+    # Grows within an execution as its numbers do: both are given under the execution's row lock.
+    position: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True)
+    execution_id: Mapped[str] = mapped_column(String(36), ForeignKey("executions.id", ondelete="CASCADE"), index=True)
+    seq: Mapped[int] = mapped_column(Integer)
+
+    # A position is never used again: somebody slow may still take it away.
+    __table_args__ = ({"sqlite_autoincrement": True},)
+
+
+class Lease(Base):
+    """Work that one process at a time does, and who has it until when."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64))
+    until: Mapped[datetime]
+
+
 class IdempotencyKey(Base):
     """A key that made something, and what."""
 
@@ -233,6 +259,25 @@ class IdempotencyKey(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     execution_id: Mapped[str] = mapped_column(String(36), ForeignKey("executions.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class Audit(Base):
+    """Who accessed whose data (`audit.py`). The database refuses to change or delete a row."""
+
+    __tablename__ = "audit"
+
+    seq: Mapped[int] = mapped_column(BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False)
+    at: Mapped[datetime]
+    account_id: Mapped[str] = mapped_column(String(36), index=True)
+    account: Mapped[str] = mapped_column(String(64))  # its name then
+    address: Mapped[str] = mapped_column(String(64))
+    door: Mapped[str] = mapped_column(String(16))
+    action: Mapped[str] = mapped_column(String(128))
+    kind: Mapped[str] = mapped_column(String(16))
+    object_id: Mapped[str] = mapped_column(String(36), index=True)
+    code: Mapped[str] = mapped_column(String(32))
+    trace_id: Mapped[str] = mapped_column(String(32))
+    digest: Mapped[str] = mapped_column(String(64))
 
 
 class StepResult(Base):

@@ -24,7 +24,8 @@ from scangraph.store.tables import Execution, File, Step
 #: Kind of a stored file -> kind of the ports that it comes from.
 _PORT_KINDS = {
     "nifti": "mask",
-    "png": "image2d",
+    "image2d": "image2d",
+    "png": "image2d",  # written before there were other formats
     "report": "report",
     **dict.fromkeys(("obj", "glb", "stl", "ply", "zip"), "scene"),
 }
@@ -160,7 +161,7 @@ def accepted(record: Record) -> ExecutionAccepted:
     )
 
 
-def pipeline_view(stored: Stored) -> PipelineView:
+def pipeline_view(stored: Stored, expected_seconds: float | None = None) -> PipelineView:
     """Show a pipeline's revision."""
     return PipelineView(
         id=stored.id,
@@ -170,6 +171,7 @@ def pipeline_view(stored: Stored) -> PipelineView:
         owner=stored.owner_id,
         created_at=stored.created_at,
         updated_at=stored.updated_at,
+        expected_seconds=expected_seconds,
         spec=stored.spec,
     )
 

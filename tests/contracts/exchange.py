@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
+from scangraph.contracts import Image2D, ImageFile, LabelMap, Scene, SceneFiles, Surface, Volume
 
 GEOMETRY = {
     "spacing_mm": (2.5, 0.7, 0.8),
@@ -21,10 +21,10 @@ GEOMETRY = {
 FORMATS = ("4", "5", "5-out-of-band")
 
 
-def examples() -> dict[str, Volume | LabelMap | Scene]:
+def examples() -> dict[str, Volume | LabelMap | Scene | Image2D]:
     """One of each, the arrays of many types and none of the easy kind."""
     ramp = np.arange(2 * 3 * 4 * 5)
-    made: dict[str, Volume | LabelMap | Scene] = {
+    made: dict[str, Volume | LabelMap | Scene | Image2D] = {
         f"volume-{dtype.replace('>', 'big-').replace('?', 'bool')}": Volume(ramp.astype(dtype).reshape(2, 3, 4, 5), **GEOMETRY)  # type: ignore[arg-type]
         for dtype in ("i2", ">i2", "f2", "f4", "f8", "u8", "?")
     }
@@ -44,6 +44,9 @@ def examples() -> dict[str, Volume | LabelMap | Scene]:
     coarse = Surface("liver", 5, (168, 83, 59), corner.vertices_mm, corner.faces, measures, np.int8(1))  # type: ignore[arg-type]
     files = SceneFiles(("glb", "obj"), per_structure=True, zipped=True, glb_unit="mm")
     made["scene-measured"] = Scene((corner, coarse), files=files, facts={"spacing_mm": np.array([2.5, 0.7, 0.8])})
+    pages = (ramp.astype(np.uint8).reshape(10, 4, 3), ramp.astype(np.uint16).reshape(3, 40, 1)[:, ::-2])
+    made["image2d"] = Image2D(pages, (300, 72.5), ImageFile("tiff"))
+    made["image2d-jpeg"] = Image2D(pages[:1], file=ImageFile("jpeg", 33))
     return made
 
 
@@ -68,7 +71,7 @@ def check(folder: Path) -> None:
             assert_equal(again, example)
 
 
-def assert_equal(again: Volume | Scene, example: Volume | Scene) -> None:
+def assert_equal(again: Volume | Scene | Image2D, example: Volume | Scene | Image2D) -> None:
     """Equal in every field, bit for bit."""
     assert type(again) is type(example)
     if isinstance(example, Volume):
@@ -81,6 +84,11 @@ def assert_equal(again: Volume | Scene, example: Volume | Scene) -> None:
             example.direction,
         )
         assert getattr(again, "labels", None) == getattr(example, "labels", None)
+    elif isinstance(example, Image2D):
+        assert isinstance(again, Image2D)
+        assert (again.dpi, again.file) == (example.dpi, example.file)
+        for page, other_page in zip(again.pages, example.pages, strict=True):
+            np.testing.assert_array_equal(page, other_page, strict=True)
     else:
         assert isinstance(again, Scene)
         assert (again.frame, again.notes) == (example.frame, example.notes)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
+from scangraph.contracts import Image2D, ImageFile, LabelMap, Line, Scene, SceneFiles, Surface, Volume
 from scangraph.contracts.codec import from_bytes, to_bytes
 from scangraph.contracts.errors import DamagedResult
 
@@ -48,7 +48,12 @@ def scenes(draw: st.DrawFn) -> Scene:
     notes = tuple(draw(st.lists(st.text(), max_size=3)))
     formats: Any = draw(st.permutations(["obj", "glb", "stl", "ply"]))[: draw(st.integers(1, 4))]
     files = SceneFiles(tuple(formats), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(["m", "mm"])))
-    return Scene(tuple(surfaces), frame, notes, files, draw(json_objects))
+    lines = tuple(
+        Line(f"line {n}", n, (1, 2, 3), np.arange(6, dtype=np.float32).reshape(2, 3) + n, np.array([[0, 1]], np.int32))
+        for n in range(draw(st.integers(0, 2)))
+    )
+    screen = tuple(surfaces[: draw(st.integers(0, 2))])
+    return Scene(tuple(surfaces), frame, notes, files, draw(json_objects), lines, screen)
 
 
 def same_array(one: Any, other: Any) -> bool:
@@ -80,11 +85,34 @@ def test_scenes_keep_all_that_they_say(scene: Scene) -> None:
     assert isinstance(again, Scene)
     assert (again.frame, again.notes, len(again.surfaces)) == (scene.frame, scene.notes, len(scene.surfaces))
     assert (again.files, again.facts) == (scene.files, scene.facts)
-    for one, other in zip(again.surfaces, scene.surfaces, strict=True):
+    assert len(again.screen) == len(scene.screen)
+    for line, before in zip(again.lines, scene.lines, strict=True):
+        assert (line.name, line.label, line.color) == (before.name, before.label, before.color)
+        assert same_array(line.points_mm, before.points_mm)
+        assert same_array(line.segments, before.segments)
+    for one, other in zip((*again.surfaces, *again.screen), (*scene.surfaces, *scene.screen), strict=True):
         assert (one.name, one.label, one.color) == (other.name, other.label, other.color)
         assert (one.measures, one.level) == (other.measures, other.level)
         assert same_array(one.vertices_mm, other.vertices_mm)
         assert same_array(one.faces, other.faces)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 4)).flatmap(
+            lambda shape: hnp.arrays(st.sampled_from([np.uint8, np.uint16]), shape)
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    st.none() | st.tuples(st.floats(1, 9999), st.floats(1, 9999)),
+)
+def test_images_keep_every_page(pages: list[Any], dpi: tuple[float, float] | None) -> None:
+    image = Image2D(tuple(pages), dpi, ImageFile("tiff", 12, lossless=True))
+    again = from_bytes(to_bytes(image))
+    assert isinstance(again, Image2D)
+    assert (again.dpi, again.file) == (image.dpi, image.file)
+    assert all(same_array(one, other) for one, other in zip(again.pages, image.pages, strict=True))
 
 
 def test_scenes_of_older_versions_decode() -> None:

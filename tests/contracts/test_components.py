@@ -43,7 +43,7 @@ COMPONENT = Component(
         (Port(name="masks", kind="mask", many=True), "mask_paths"),
         (Port(name="scene", kind="scene"), "obj_path"),
         (Port(name="scenes", kind="scene", many=True), "obj_paths"),
-        (Port(name="preview", kind="image2d"), "png_path"),
+        (Port(name="preview", kind="image2d"), "preview_path"),
     ],
 )
 def test_path_names(port: Port, path_name: str) -> None:

@@ -207,6 +207,10 @@ def test_parameters_find_their_steps() -> None:
     given = {"steps": {"a": {"level": 4}}, "only_here": 0.1}
     assert assign_parameters(two, PARTS, given) == ({"a": {"level": 4}, "b": {"only_here": 0.1}}, [])
     assert two.step("a").parameters == {"level": 3}  # the pipeline itself stays as it is
+    # A step's name before it says which one, as in `resize_width`.
+    assert assign_parameters(two, PARTS, {"a_level": 7})[0]["a"] == {"level": 7}
+    _, (fault,) = assign_parameters(two, PARTS, {"a_nothing": 7})
+    assert fault["pointer"] == "/parameters/a_nothing"
     # What is said under `steps` is said more exactly than a flat name.
     both = {"only_here": 0.1, "steps": {"b": {"only_here": 0.2}}}
     assert assign_parameters(two, PARTS, both)[0]["b"] == {"only_here": 0.2}

@@ -148,3 +148,18 @@ def test_in_frame_and_back_is_the_same() -> None:
     again = scene.in_frame("RAS").in_frame("LPS")
     assert again.frame == "LPS"
     assert_allclose(again.surfaces[0].vertices_mm, scene.surfaces[0].vertices_mm, rtol=0, atol=0)
+
+
+def test_a_screen_shows_the_finest_level_that_is_not_too_much() -> None:
+    levels = [replace(sphere(5, rings), level=level) for level, rings in enumerate((20, 10, 5))]
+    faces = [len(surface.faces) for surface in levels]
+    scene = Scene(tuple(levels), "LPS")
+    assert scene.on_screen() == (levels[0],)
+    assert scene.on_screen(faces[1]) == (levels[1],)
+    assert scene.on_screen(faces[1] - 1) == (levels[2],)
+    assert scene.on_screen(1) == (levels[2],)
+    assert Scene((), "LPS").on_screen() == ()
+    own = replace(scene, screen=(levels[1],))
+    assert own.on_screen() == (levels[1],)
+    turned = own.in_frame("RAS").screen[0]
+    assert_array_equal(turned.vertices_mm, levels[1].vertices_mm * np.array([-1, -1, 1], np.float32))

@@ -43,6 +43,7 @@ class Knobs(BaseModel):
 THRESHOLD = Component(
     id="test/threshold",
     version="1.0.0",
+    uses_models=True,
     title="Threshold",
     description="Labels what is above 0.",
     deployment="test",
@@ -53,6 +54,7 @@ THRESHOLD = Component(
 BOX = Component(
     id="test/box",
     version="1.0.0",
+    uses_models=True,
     title="Box",
     description="A tetrahedron per label.",
     deployment="test",
@@ -109,7 +111,7 @@ class LocalStages(Stages):
     """The executor's view of stages that live here."""
 
     def __init__(self, settings: Settings, worker: Worker | None = None) -> None:
-        super().__init__({}, 3)
+        super().__init__({}, 3, settings.executor.storage_patience_seconds)
         self.worker = worker or Worker()
         self.imageio = Imageio(settings.imageio, settings.storage, settings.storage_options)
         self.before: Callable[[str], None] = lambda method: None

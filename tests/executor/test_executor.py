@@ -16,16 +16,18 @@ from sqlalchemy import func, select
 from deployments.executor.runner import HeldInputs, Tools
 from deployments.executor.scheduler import Scheduler
 from deployments.imageio.nifti import write_nifti
-from scangraph.contracts.errors import StorageUnavailable
+from scangraph.contracts.errors import InUse, StorageUnavailable
 from scangraph.contracts.pipelines import PipelineSpec, check_pipeline
 from scangraph.settings import Settings, load_settings
 from scangraph.storage import open_storage
 from scangraph.store import Store, executions, open_store
 from scangraph.store.executions import NewExecution, QueueLimits, Record
+from scangraph.store.files import delete_file
 from scangraph.store.pipelines import create_pipeline
 from scangraph.store.tables import StepResult
 from tests.conftest import constant_volume
 from tests.executor.local import COMPONENTS, LocalStages
+from tests.s3 import in_own_place
 
 SPEC = PipelineSpec.model_validate(
     {
@@ -104,7 +106,9 @@ def in_house(tmp_path: Path) -> Callable[..., None]:
 
     def go(test: Callable[[House], Any], **changes: Any) -> None:
         async def main() -> None:
-            settings = load_settings(data=tmp_path, executor={"lease_seconds": 1, **changes})
+            settings = in_own_place(
+                load_settings(data=tmp_path, executor={"lease_seconds": 1, "keep_from_seconds": 0, **changes})
+            )
             store = await open_store(settings.database)
             house = House(settings, store)
             await house.storage.write("ct.nii.gz", write_nifti(constant_volume(40)))
@@ -178,6 +182,24 @@ def test_without_kept_results_everything_runs_again(in_house: Any) -> None:
         assert await house.names("steps/") == []
 
     in_house(test, kept_results_bytes=0)
+
+
+def test_what_is_made_again_sooner_than_read_is_not_kept(in_house: Any) -> None:
+    async def test(house: House) -> None:
+        house.executor()
+        for _ in range(2):
+            await house.wait(await house.submit({"left": {"seconds": 0.5}}))
+        await house.kept(1)
+        assert sorted(house.stages.worker.calls) == [
+            ("box", 5),
+            ("box", 5),
+            ("threshold", 2),
+            ("threshold", 3),
+            ("threshold", 3),
+        ]
+        assert len({name.split("/")[1] for name in await house.names("steps/")}) == 1
+
+    in_house(test, keep_from_seconds=0.4)
 
 
 def test_two_at_once_compute_a_result_once(in_house: Any) -> None:
@@ -381,5 +403,61 @@ def test_an_input_that_a_backend_replaced_is_another_input(in_house: Any) -> Non
         assert file_hashes(first) != file_hashes(second)
         assert not second.steps[0].cached
         assert first.execution.inputs["image"]["sha256"] != second.execution.inputs["image"]["sha256"]
+
+    in_house(test)
+
+
+def test_an_output_can_be_read_while_the_rest_is_at_work(in_house: Any) -> None:
+    async def test(house: House) -> None:
+        house.executor()
+        execution_id = await house.submit({"scene": {"seconds": 2}})
+        early = await house.wait(execution_id, lambda record: bool(record.files))
+        assert (early.execution.state, [file.output for file in early.files]) == ("running", ["mask"])
+        data = await house.storage.read(early.files[0].storage_name)
+        assert hashlib.sha256(data).hexdigest() == early.files[0].sha256
+        with pytest.raises(InUse, match="result"):
+            await delete_file(house.store, early.files[0].id)
+        record = await house.wait(execution_id)
+        assert [f.output for f in record.files] == ["mask", "scene", "scene", "scene", "manifest"]
+        assert record.files[0].id == early.files[0].id
+        events = await executions.events_since(house.store, {execution_id: 0})
+        assert ["mask"] in [event.body.get("new_outputs") for event in events]
+
+    in_house(test)
+
+
+def test_outputs_of_what_does_not_complete_are_gone(in_house: Any) -> None:
+    async def test(house: House) -> None:
+        scheduler = house.executor()
+        for knobs in ({"seconds": 30}, {"fail": True}):
+            execution_id = await house.submit({"scene": knobs})
+            if "seconds" in knobs:
+                await house.wait(execution_id, lambda record: bool(record.files))
+                await executions.request_cancel(house.store, execution_id)
+                scheduler.wake()
+            record = await house.wait(execution_id)
+            assert record.execution.state in {"cancelled", "failed"}
+            assert record.files == ()
+            for _ in range(100):
+                if not (left := await house.names(f"results/{execution_id}")):
+                    break
+                await asyncio.sleep(0.02)
+            assert left == []
+
+    in_house(test)
+
+
+def test_another_executor_goes_on_with_outputs_that_are_there(in_house: Any) -> None:
+    async def test(house: House) -> None:
+        first = house.executor()
+        execution_id = await house.submit({"scene": {"seconds": 2}})
+        early = await house.wait(execution_id, lambda record: bool(record.files))
+        await first.stop()
+        house.schedulers.remove(first)
+        house.executor()
+        record = await house.wait(execution_id)
+        assert record.execution.state == "completed", record.execution.error
+        assert [f.output for f in record.files] == ["mask", "scene", "scene", "scene", "manifest"]
+        assert record.files[0].id == early.files[0].id
 
     in_house(test)

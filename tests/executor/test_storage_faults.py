@@ -20,7 +20,7 @@ from tests.s3 import moto
 
 def in_house(test: Any, data: Path, **changes: Any) -> None:
     async def main() -> None:
-        settings = load_settings(data=data, executor={"lease_seconds": 1}, **changes)
+        settings = load_settings(data=data, executor={"lease_seconds": 1, "storage_patience_seconds": 5}, **changes)
         store = await open_store(settings.database)
         house = House(settings, store)
         await house.storage.write("ct.nii.gz", write_nifti(constant_volume(40)))
@@ -51,7 +51,7 @@ def test_s3_is_a_storage_like_any_other(tmp_path: Path) -> None:
         in_house(test, tmp_path, storage_url="s3://bucket/x", storage_options=server.options)
 
 
-def test_an_outage_of_s3_ends_in_failed_and_a_retry_works(tmp_path: Path) -> None:
+def test_an_outage_of_s3_that_outlasts_our_patience_ends_in_failed_and_a_retry_works(tmp_path: Path) -> None:
     with moto() as server:
 
         async def test(house: House) -> None:

@@ -38,7 +38,8 @@ from scangraph.store.tables import Account, Execution
 from scangraph.tokens import Tokens
 from tests.conftest import constant_volume
 from tests.postgres import postgres_server
-from tests.servers import _Thread
+from tests.s3 import in_own_place
+from tests.servers import Loop
 
 COMPONENTS = (*NNUNET, *POSTPROCESS, *SMOOTHING)
 SUMMARY = StepSummary(1.5, 200.0, ("cut at the border",), {"model": {"id": "m", "version": "2"}})
@@ -55,7 +56,7 @@ class Gateway:
     woken: int = 0
 
     def __post_init__(self) -> None:
-        self._thread = _Thread()
+        self._thread = Loop()
         self._servers: list[tuple[uvicorn.Server, socket.socket, Any]] = []
         self._accounts: dict[str, Account] = {}
         for _ in range(self.replicas):
@@ -96,7 +97,7 @@ class Gateway:
         return Services(
             settings=settings,
             store=store,
-            storage=open_storage(settings.storage, settings.storage_options),
+            storage=open_storage(settings.storage, settings.storage_options, settings.files.link_endpoint),
             components={component.id: component for component in COMPONENTS},
             tokens=Tokens(settings.auth, settings.data / "keys"),
             gate=Imageio(settings.imageio, settings.storage, settings.storage_options),
@@ -165,11 +166,13 @@ class Gateway:
 
     def step(self, claim: Claim, step_id: str, cached: bool = False) -> None:
         """Do one step."""
-        self.run(executions.start_step(self.store, claim, step_id))
-        self.run(executions.finish_step(self.store, claim, step_id, SUMMARY, attempts=1, result_key="k", cached=cached))
+        self.run(executions.write_down(self.store, claim, [executions.StepStarted(step_id)]))
+        self.run(executions.write_down(self.store, claim, [executions.StepFinished(step_id, SUMMARY, 1, "k", cached)]))
 
     def progress(self, claim: Claim, step_id: str, done: int, total: int = 10) -> None:
-        self.run(executions.report_progress(self.store, claim, {step_id: (Progress(done, total, "tiles"), 1)}))
+        self.run(
+            executions.write_down(self.store, claim, [executions.StepProgress(step_id, Progress(done, total, "tiles"), 1)])
+        )
 
     def complete(self, claim: Claim) -> None:
         """Do all steps, and write a result for each output."""
@@ -186,14 +189,14 @@ class Gateway:
 
     def fail(self, claim: Claim, step_id: str) -> None:
         error = {"code": "out-of-memory", "status": 507, "title": "Not enough memory", "detail": "it took 9 GB"}
-        self.run(executions.start_step(self.store, claim, step_id))
+        self.run(executions.write_down(self.store, claim, [executions.StepStarted(step_id)]))
         self.run(executions.fail(self.store, claim, error, step_id))
 
 
 @contextlib.contextmanager
 def gateway_on(data: Path, replicas: int = 1, **settings: Any) -> Iterator[Gateway]:
     """Run a gateway until the block ends."""
-    gateway = Gateway(load_settings(data=data, **{"gateway": {"poll_seconds": 0.05}, **settings}), replicas)
+    gateway = Gateway(in_own_place(load_settings(data=data, **{"gateway": {"poll_seconds": 0.05}, **settings})), replicas)
     try:
         yield gateway
     finally:

@@ -132,7 +132,8 @@ def test_everything_but_the_door_itself_wants_a_token(gateway: Any) -> None:
                     assert answer.status_code == 401, (method, url, answer.text)
                     if method != "head":
                         refused(answer)
-        assert free == {"login", "refresh", "jwks", "healthz", "readyz"}
+        sessions = {"begin_session", "session", "refresh_session", "end_session"}  # the page's own, see test_sessions.py
+        assert free == {"login", "refresh", "jwks", "healthz", "readyz"} | sessions
 
 
 def test_roles(gateway: Any) -> None:

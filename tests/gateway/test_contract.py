@@ -39,8 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     data = tmp_path_factory.mktemp("contract")
     made = load_settings(data=data, auth={"logins_per_minute": 10_000})
     with serving(made) as server:
-        (data / "storage").mkdir(exist_ok=True)
-        (data / "storage" / "ct.nii.gz").write_bytes(write_nifti(constant_volume(40)))
+        server.run(server.services.storage.write("ct.nii.gz", write_nifti(constant_volume(40))))
         server.account("root", "admin")
         yield server
 
@@ -97,6 +96,7 @@ def test_every_answer_is_described(schema: Any, token: str, mode: GenerationMode
 
 def test_nothing_is_given_to_strangers(schema: Any) -> None:
     open_to_all = {"/healthz", "/readyz", "/v1/auth/login", "/v1/auth/refresh", "/v1/jwks.json"}
+    open_to_all |= {"/v1/auth/session", "/v1/auth/session/refresh"}  # which look at cookies only
 
     def ask(case: Any) -> None:
         response = case.call(headers={"Authorization": "Bearer nobody"}, timeout=30)

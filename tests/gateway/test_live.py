@@ -182,7 +182,7 @@ def test_snapshot_then_progress_then_the_end(gateway: Gateway) -> None:
         assert snapshot["execution"]["status"] == "pending"
         assert snapshot["execution"]["queue_position"] >= 1
         claim = gateway.claim(execution_id)
-        gateway.run(executions.start_step(gateway.store, claim, "organs"))
+        gateway.run(executions.write_down(gateway.store, claim, [executions.StepStarted("organs")]))
         gateway.progress(claim, "organs", 5)
         gateway.complete(claim)
         told: list[dict[str, Any]] = []
@@ -238,7 +238,7 @@ def test_whoever_comes_back_misses_nothing(gateway: Gateway) -> None:
 
     def work() -> None:
         claim = gateway.claim(execution_id)
-        gateway.run(executions.start_step(gateway.store, claim, "organs"))
+        gateway.run(executions.write_down(gateway.store, claim, [executions.StepStarted("organs")]))
         for done in range(40):
             gateway.progress(claim, "organs", done, 40)
             time.sleep(0.01)

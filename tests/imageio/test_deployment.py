@@ -6,7 +6,9 @@ import asyncio
 import errno
 import gzip
 import hashlib
+import json
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from deployments.imageio.deployment import Imageio
 from deployments.imageio.kinds import kind_of
 from deployments.imageio.nifti import read_nifti, write_nifti
-from scangraph.contracts import LabelMap, Scene, SceneFiles, Surface, Volume
+from scangraph.contracts import Image2D, ImageFile, LabelMap, Line, Scene, SceneFiles, Surface, Volume
 from scangraph.contracts.errors import (
     DamagedResult,
     EmptyFile,
@@ -31,7 +33,7 @@ from scangraph.scenefiles import SceneManifest, write_scene
 from scangraph.settings import ImageioSettings
 from scangraph.storage import Storage, open_storage
 
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(100)
+PICTURE = Image2D((np.arange(24, dtype=np.uint8).reshape(2, 4, 3),))
 
 
 @pytest.fixture
@@ -64,10 +66,11 @@ def scene() -> Scene:
 @pytest.mark.parametrize(
     ("start", "kind"),
     [
-        (PNG, "png"),
-        (b"\xff\xd8\xff\xe0" + bytes(20), "jpeg"),
-        (b"II*\x00" + bytes(20), "tiff"),
-        (b"MM\x00*" + bytes(20), "tiff"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(20), "image2d"),
+        (b"\xff\xd8\xff\xe0" + bytes(20), "image2d"),
+        (b"II*\x00" + bytes(20), "image2d"),
+        (b"MM\x00*" + bytes(20), "image2d"),
+        (b"RIFF\x20\0\0\0WEBPVP8 ", "image2d"),
         (bytes(128) + b"DICM" + bytes(20), "dicom"),
         (b"PK\x03\x04" + bytes(20), "zip"),
         (b"glTF\x02\0\0\0", "glb"),
@@ -98,6 +101,7 @@ def test_an_image_is_described_by_its_header_and_never_by_its_name(imageio: Imag
         "dtype": "int16",
         "decoded_bytes": 120,
         "readable_as": ["image"],
+        "intensity": {"min": -100, "max": -41, "p01": pytest.approx(-99.41), "p50": -70.5, "p99": pytest.approx(-41.59)},
     }
 
 
@@ -133,7 +137,10 @@ def test_results_are_written_read_back_and_described(imageio: Imageio, storage: 
         (ct(), "image", [".nii.gz"]),
         (mask, "mask", [".nii.gz"]),
         (scene(), "scene", [".obj", ".mtl", ".manifest.json"]),
-        (PNG, "image2d", [".png"]),
+        (PICTURE, "image2d", [".png"]),
+        (replace(PICTURE, file=ImageFile("jpeg")), "image2d", [".jpg"]),
+        (replace(PICTURE, pages=PICTURE.pages * 2), "image2d", [".png", "-page2.png"]),
+        (replace(PICTURE, pages=PICTURE.pages * 2, file=ImageFile("tiff")), "image2d", [".tif"]),
     ):
         saved = asyncio.run(imageio.save(value, kind, f"results/1/{kind}"))
         assert [entry["filename"] for entry in saved] == [f"{kind}{ending}" for ending in endings]
@@ -182,6 +189,47 @@ def test_a_scene_is_saved_as_it_wants(imageio: Imageio, storage: Storage, files:
     if not files.zipped:
         assert [(f.name, f.sha256) for f in manifest.files] == [(e["filename"], e["sha256"]) for e in saved[:-1]]
     assert asyncio.run(imageio.save(wanted, "scene", "results/1/scene")) == saved  # equal bytes are adopted
+
+
+def test_a_scene_brings_its_copy_for_screens(imageio: Imageio, storage: Storage) -> None:
+    """Under its manifest's hash: a list in RAS, and a gzipped MZ3 for each structure, as NiiVue reads it."""
+    line = Line("ureters", 52, (9, 8, 7), np.array([[1, 2, 3], [4, 5, 6]], np.float32), np.array([[0, 1]], np.int32))
+    known = replace(scene().surfaces[0], measures={"mesh_volume_ml": 7.5, "area_cm2": 2, "warnings": ["cut"]})
+    other = Surface("mine", 4000, (200, 100, 50), np.eye(4, 3, dtype=np.float32) * 10, known.faces)
+    wanted = replace(scene(), surfaces=(known, other), lines=(line,), notes=("a demonstration",))
+    saved = asyncio.run(imageio.save(wanted, "scene", "results/1/scene"))
+    folder = f"display/{saved[-1]['sha256']}"
+    about = json.loads(asyncio.run(storage.read(f"{folder}/scene-v1.json")))
+    assert (about["frame"], about["unit"]) == ("RAS", "mm")
+    assert "a demonstration" in about["notes"]
+    assert about["lines"] == [
+        {"name": "ureters", "label": 52, "rgb": [9, 8, 7], "points_mm": [[-1, -2, 3], [-4, -5, 6]], "segments": [[0, 1]]}
+    ]
+    first, second = about["structures"]
+    assert (first["name"], first["label"], first["rgb"], first["faces"]) == ("kidney_left", 3, [1, 2, 3], 4)
+    assert (first["volume_ml"], first["area_mm2"], first["warnings"]) == (7.5, 200, ["cut"])
+    assert (second["title"], second["laterality"]) == ("mine", None)
+    assert second["volume_ml"] == pytest.approx(other.volume_ml)
+    assert second["box_mm"] == [[-10, -10, 0], [0, 0, 10]]
+    # Three right triangles in the planes of the axes, and the slanted one.
+    areas = np.array([50, 50, 50, 50 * 3**0.5])
+    places = np.array([[-1, -1, 0], [-1, 0, 1], [0, -1, 1], [-1, -1, 1]]) * 10 / 3
+    assert second["centre_mm"] == pytest.approx((areas @ places / areas.sum()).tolist(), abs=1e-3)
+    raw = gzip.decompress(asyncio.run(storage.read(f"{folder}/scene-1-v1.mz3")))
+    magic, attributes, faces, vertices, skip = struct.unpack_from("<HHIII", raw)
+    assert (magic, attributes, faces, vertices, skip) == (0x5A4D, 3, 4, 4, 0)
+    assert np.array_equal(np.frombuffer(raw, "<i4", 12, 16).reshape(4, 3), other.faces)
+    places = np.frombuffer(raw, "<f4", 12, 64).reshape(4, 3)
+    assert len(raw) == 64 + 48
+    assert np.array_equal(places, other.vertices_mm * np.array([-1, -1, 1], np.float32))
+    # The same scene of another execution; and one that differs in a structure which is not in its main file.
+    again = asyncio.run(imageio.save(wanted, "scene", "results/2/scene"))
+    assert again[-1]["sha256"] == saved[-1]["sha256"]
+    apart = replace(wanted, files=SceneFiles(per_structure=True))
+    moved = replace(apart, surfaces=(known, replace(other, vertices_mm=other.vertices_mm + 1)))
+    one, two = (asyncio.run(imageio.save(s, "scene", f"results/{n}/scene")) for n, s in ((3, apart), (4, moved)))
+    assert one[0]["sha256"] == two[0]["sha256"]
+    assert one[-1]["sha256"] != two[-1]["sha256"]
 
 
 @pytest.mark.parametrize(("number", "error"), [(errno.ENOSPC, StorageFull), (errno.EACCES, StorageUnavailable)])

@@ -13,7 +13,7 @@ import yaml
 
 from deployments.nnunet.deployment import Nnunet
 from scangraph.contracts import LabelMap, StepSummary, Volume
-from scangraph.models import coarse_model, find_model
+from scangraph.models import Model, coarse_model, find_model
 from scangraph.phantoms import Phantom
 from scangraph.settings import NnunetSettings
 from tests.conftest import ROOT
@@ -59,6 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
 )
 def test_which_model_shows_where_to_look(folders: tuple[Path, ...], model: str, guide: str | None) -> None:
     chosen = find_model(folders, model)
+    assert isinstance(chosen, Model)
     found = coarse_model(folders, chosen, chosen.manifest.labels)
     assert (found[0].manifest.id if found else None) == guide
 

@@ -417,7 +417,7 @@ def test_networks_that_prepare_alike_share_it(tmp_path: Path) -> None:
 
 def test_all_loops_are_compiled_before_the_first_request(tmp_path: Path) -> None:
     """Whatever is segmented afterwards, there is nothing left to compile."""
-    compile_kernels(tmp_path)
+    compile_kernels()
     loops: list[Any] = [kernels.add_tile, kernels.take_slice, kernels.decide, kernels.fill_slices]
     before = [len(loop.signatures) for loop in loops]
     assert before == [2, 1, 1, 1]

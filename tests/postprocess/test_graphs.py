@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import networkx
 import numpy as np
 import pytest
 
 from deployments.postprocess import graphs
-from deployments.postprocess.graphs import CugraphBackend, Graph, GraphBackend, ScipyBackend, gpu_is_there, pick_backend
+from deployments.postprocess.graphs import (
+    CugraphBackend,
+    Graph,
+    GraphBackend,
+    ScipyBackend,
+    edge_list,
+    gpu_is_there,
+    paths_without_source,
+    pick_backend,
+)
 
-needs_gpu = pytest.mark.skipif(not gpu_is_there(), reason="no GPU here, or cugraph-cu13 is not installed")
+needs_gpu = pytest.mark.skipif(not gpu_is_there(), reason="no GPU here, or no cugraph: `make setup-cugraph`")
 BACKENDS = [pytest.param(ScipyBackend, id="scipy"), pytest.param(CugraphBackend, id="cugraph", marks=needs_gpu)]
 
 
@@ -66,6 +77,32 @@ def test_against_plain_algorithms(make: type[GraphBackend], seed: int) -> None:
     inner = np.flatnonzero(before >= 0)
     steps = graph.matrix[before[inner], inner]
     assert np.allclose(distance[inner] - distance[before[inner]], steps)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_cugraph_is_given_and_gives_back(seed: int) -> None:
+    """All around cugraph, without a GPU: networkx finds what cugraph would, from the same list of edges."""
+    graph = random_graph(seed)
+    sources = np.array([0, 5, 77])
+    plain = ScipyBackend()
+    there: Any = networkx.Graph()
+    there.add_weighted_edges_from(zip(*(column.tolist() for column in edge_list(graph)), strict=True))
+    assert sorted(sorted(pair) for pair in networkx.minimum_spanning_edges(there, data=False)) == (
+        plain.minimum_spanning_forest(graph)[0].tolist()
+    )
+    numbers = plain.components(graph)
+    assert {frozenset(part) for part in networkx.connected_components(there)} == {
+        frozenset(np.flatnonzero(numbers == n).tolist()) for n in range(numbers.max() + 1) if (numbers == n).sum() > 1
+    }
+    there.add_weighted_edges_from(zip(*(column.tolist() for column in edge_list(graph, sources)), strict=True))
+    before, distance = networkx.dijkstra_predecessor_and_distance(there, graph.nodes)
+    vertex = np.array(list(there.nodes))  # unreached ones as cugraph tells them: the largest float, -1
+    length = np.array([distance.get(v, np.finfo(np.float64).max) for v in vertex.tolist()])
+    previous = np.array([next(iter(before.get(v, [])), -1) for v in vertex.tolist()])
+    expected = plain.shortest_paths(graph, sources)
+    found = paths_without_source(graph, sources, vertex, length, previous)
+    assert np.array_equal(found[0], expected[0])
+    assert np.array_equal(found[1], expected[1])
 
 
 def test_of_several_edges_the_lightest_counts() -> None:

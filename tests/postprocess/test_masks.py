@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from deployments.imageio.nifti import read_nifti
-from deployments.postprocess import templates
+from deployments.postprocess import kernels, templates
 from deployments.postprocess.cleaning import clean, merge
 from deployments.postprocess.components import COMPONENTS
 from deployments.postprocess.deployment import Postprocess
 from deployments.postprocess.fat import FAT, FAT_HU, perirenal_fat
 from deployments.postprocess.templates import align, coarse, sample, shared_dice, structures
+from deployments.postprocess.warming import compile_kernels
 from scangraph.contracts import LabelMap, NoParameters, Scene, merge_label_maps
 from scangraph.contracts.codec import from_bytes, to_bytes
 from scangraph.contracts.errors import GridsDiffer, InvalidParameters, LabelsMissing, UnknownLabels
@@ -292,6 +294,21 @@ def test_the_stage_runs_every_component_and_results_can_be_kept(pair: tuple[Labe
             again = from_bytes(to_bytes(value))
             assert to_bytes(again) == to_bytes(value)
         assert component.parameters is NoParameters or component.parameters.model_fields
+
+
+def test_all_loops_are_compiled_before_the_first_request(pair: tuple[LabelMap, LabelMap]) -> None:
+    """Whatever is asked for afterwards, in whatever type and order of a mask, there is nothing left to compile."""
+    compile_kernels()
+    loops = [loop for loop in vars(kernels).values() if hasattr(loop, "signatures")]
+    before = [len(loop.signatures) for loop in loops]
+    assert before == [1] * len(loops) != []
+    stage = Postprocess()
+    for dtype, axcodes in ((np.uint8, "LPS"), (np.uint16, "RAS"), (np.uint32, "SAR")):
+        whole = replace(pair[0], array=pair[0].array.astype(dtype)).reoriented(axcodes)
+        for component in COMPONENTS:
+            inputs = {p.name: [whole] if p.many else whole for p in component.inputs if p.kind == "mask"}
+            stage.operation(component.id)[1](inputs, component.parameters(), lambda *_: None)
+    assert [len(loop.signatures) for loop in loops] == before
 
 
 def test_a_pipeline_may_pass_over_what_is_missing() -> None:

@@ -79,7 +79,7 @@ class Case:
     pieces : int, (z, y, x)
         The connected pieces of the cut tree, numbered from 1, without specks.
     neighbours : set of (int, int)
-        Pieces that one gap parts.
+        Pieces that follow each other along a vessel.
     """
 
     mask: LabelMap
@@ -323,14 +323,18 @@ def make_ureters(seed: int, spacing_mm: tuple[float, float, float] = (1.0, 0.8, 
 
 
 def _note_neighbours(case: Case) -> None:
-    """Pieces that follow each other along a branch, at a gap and at its ragged ends, may be joined."""
+    """Pieces that follow each other along a branch and the end of its parent may be joined.
+
+    At gaps and their ragged ends; and where voxels are as large as a vessel is thick, and have broken it themselves.
+    """
     spacing = np.array(case.mask.spacing_mm)
-    for gap in case.gaps:
-        line = case.branches[gap.branch].points_mm
-        part = line[max(0, round((gap.start_mm - 8) / 0.5)) : round((gap.stop_mm + 8) / 0.5) + 1]
-        index = np.clip(np.rint(part / spacing).astype(int), 0, np.array(case.pieces.shape) - 1)
+    for branch in case.branches:
+        before = case.branches[branch.parent].points_mm[-16:] if branch.parent >= 0 else branch.points_mm[:0]
+        line = np.concatenate([before, branch.points_mm])
+        index = np.clip(np.rint(line / spacing).astype(int), 0, np.array(case.pieces.shape) - 1)
         order = [int(p) for p in case.pieces[tuple(index.T)] if p]
         case.neighbours |= {(min(p, q), max(p, q)) for p, q in itertools.pairwise(order) if p != q}
+    for gap in case.gaps:
         sides = _sides(case, gap)
         if sides is not None and sides[0] != sides[1]:
             case.neighbours.add((min(sides), max(sides)))

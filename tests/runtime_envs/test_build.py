@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from runtime_envs import build
-from runtime_envs.build import EXTRAS, HERE, LOCKED, SERVING, SetupError, fingerprint, uv_environment
+from runtime_envs.build import APART, EXTRAS, HERE, LOCKED, SERVING, SetupError, build_page, fingerprint, uv_environment
 
 TINY = "tiny"
 
@@ -182,7 +184,10 @@ def test_every_list_has_a_lock() -> None:
 def test_locks_are_exact_and_fit_every_machine(stage: str) -> None:
     locked = pins(stage)
     assert all(re.fullmatch(r"[\w.!]+", version) for version in locked.values()), "a pin with a local build or a range"
-    assert not [name for name in locked if re.match(r"nvidia|cuda|triton|torchvision|openvino-telemetry", name)]
+    # Each torch build pins its own CUDA packages; what is made for GPUs alone has its own.
+    only_gpus = "cugraph-cu13" in locked
+    unwanted = r"triton|torchvision|openvino-telemetry" + ("" if only_gpus else "|nvidia|cuda")
+    assert not [name for name in locked if re.match(unwanted, name)]
 
 
 @pytest.mark.parametrize("stage", LOCKED)
@@ -204,12 +209,80 @@ def test_extras_have_the_same_pins_and_more() -> None:
     assert not set(EXTRAS) & set(SERVING)  # so nothing builds them unasked
     whole = pins("dev")
     for extra in EXTRAS:
-        plain = pins(extra.partition("-")[0])
-        assert plain.items() < pins(extra).items()
-        assert not [name for name, version in pins(extra).items() if whole.get(name, version) != version]
+        plain, apart = pins(extra.partition("-")[0]), set(APART.get(extra, ()))
+        assert plain.keys() < pins(extra).keys()
+        # What an extra may have in another version is what its packages forbid, and no more than that.
+        assert {name for name, version in pins(extra).items() if whole.get(name, version) != version} == apart
 
 
 def test_the_old_interpreter_differs_in_numpy_alone() -> None:
     old, new = pins("numpy1"), pins("dev")
     assert old["numpy"].startswith("1.26.")
     assert {name for name in old if old[name] != new[name]} == {"numpy"}
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------
+
+_BUNDLER = """
+const { mkdirSync, copyFileSync, writeFileSync } = require('node:fs')
+const out = process.argv[process.argv.indexOf('--outDir') + 1]
+mkdirSync(out + '/assets', { recursive: true })
+writeFileSync(out + '/assets/left.js', 'half')
+copyFileSync('index.html', out + '/index.html')
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A checkout with a page whose bundler needs no packages."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not on this machine")
+    (tmp_path / "deployments/gateway").mkdir(parents=True)
+    ui = tmp_path / "ui"
+    ui.mkdir()
+    (ui / "index.html").write_text("first")
+    (ui / "bundle.cjs").write_text(_BUNDLER)
+    about = {"name": "page", "version": "1.0.0", "scripts": {"build": "node bundle.cjs", "prepare": "exit 9"}}
+    (ui / "package.json").write_text(json.dumps(about))
+    whole = {"name": "page", "version": "1.0.0", "lockfileVersion": 3, "packages": {"": {"name": "page", "version": "1.0.0"}}}
+    (ui / "package-lock.json").write_text(json.dumps(whole))
+    return tmp_path
+
+
+def test_the_page_is_built_when_it_changed(home: Path) -> None:
+    page = home / "deployments/gateway/page"
+    assert build_page(dict(os.environ), home).startswith("page: built in")
+    assert (page / "index.html").read_text() == "first"
+    assert build_page(dict(os.environ), home) == "page: up to date"
+    (home / "ui/node_modules/left").mkdir(parents=True)  # what npm leaves there is no source
+    (home / "ui/node_modules/left/a.js").write_text("")
+    assert build_page(dict(os.environ), home) == "page: up to date"
+    (home / "ui/index.html").write_text("second")
+    (page / "assets/old.js").write_text("")
+    assert build_page(dict(os.environ), home).startswith("page: built in")
+    assert (page / "index.html").read_text() == "second"
+    assert not (page / "assets/old.js").exists()
+    assert sorted(path.name for path in page.parent.iterdir()) == ["page"]
+
+
+def test_what_cannot_be_built_leaves_what_is_there(home: Path) -> None:
+    page = home / "deployments/gateway/page"
+    assert build_page(dict(os.environ), home).startswith("page: built in")
+    (home / "ui/index.html").unlink()
+    said = build_page(dict(os.environ), home)
+    assert said.startswith("page: not built, the one that is there stays: bundling ui/ failed")
+    assert "ENOENT" in said
+    assert (page / "index.html").read_text() == "first"
+    assert sorted(path.name for path in page.parent.iterdir()) == ["page"]
+    (home / "ui/package-lock.json").write_text("nothing that npm understands")
+    assert "fetching the page's packages failed" in build_page(dict(os.environ), home)
+
+
+def test_without_node_the_page_is_left_out(home: Path, tmp_path: Path) -> None:
+    said = build_page({"PATH": str(tmp_path)}, home)
+    assert said == "page: not built, the service runs without it: it needs Node 20.19 or newer with npm, and there is none"
+    for name, text in (("node", "#!/bin/sh\necho v18.19.0\n"), ("npm", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    assert build_page({"PATH": str(tmp_path)}, home).endswith("and this is 18.19")
+    assert build_page(dict(os.environ), tmp_path / "none") == "page: not built, there is no ui/ here"

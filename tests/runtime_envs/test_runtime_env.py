@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from runtime_envs import SHARES_BASE, EnvironmentMissing, lock_of, pins, runtime_env
+from runtime_envs import COMPILES, SHARES_BASE, EnvironmentMissing, command_for, lock_of, pins, runtime_env
 from runtime_envs.build import SERVING
-from scangraph.settings import HOME, load_settings
+from scangraph.settings import HOME, Settings, load_settings
 
 CODE = {"working_dir": f"local://{HOME}"}
+
+
+def code(stage: str, settings: Settings, environment: str = "") -> dict[str, Any]:
+    """Where a stage's code is and, if it has loops to compile, where they are kept: by environment, each has its own numba."""
+    if stage not in COMPILES:
+        return CODE
+    return {**CODE, "env_vars": {"NUMBA_CACHE_DIR": str(settings.cache / (environment or stage) / "numba")}}
 
 
 @pytest.mark.parametrize("stage", ["base", "nnunet", "smoothing", *SHARES_BASE])
@@ -27,32 +35,35 @@ def test_prebuilt_points_at_the_interpreter(stage: str, environment: str, tmp_pa
         runtime_env(stage, settings)
     python.parent.mkdir(parents=True)
     python.touch()
-    assert runtime_env(stage, settings) == {"py_executable": str(python), **CODE}
+    assert runtime_env(stage, settings) == {"py_executable": str(python), **code(stage, settings)}
 
 
-def test_the_setting_runs_the_surface_stage_from_the_lock_with_open3d(tmp_path: Path) -> None:
-    names = {pin.partition("==")[0] for pin in pins("smoothing")}
-    more = {pin.partition("==")[0] for pin in pins("smoothing-open3d")}
-    assert "open3d" in more - names
+@pytest.mark.parametrize(("stage", "extra"), [("smoothing", "open3d"), ("postprocess", "cugraph")])
+def test_a_setting_runs_a_stage_from_the_lock_with_its_extra(stage: str, extra: str, tmp_path: Path) -> None:
+    lock = f"{stage}-{extra}"
+    names = {pin.partition("==")[0] for pin in pins(stage)}
+    more = {pin.partition("==")[0].removesuffix("-cu13") for pin in pins(lock)}
+    assert extra in more - names
     assert names < more
-    chosen = {"smoothing": {"open3d": True}, "environments_dir": tmp_path}
+    chosen: dict[str, Any] = {stage: {extra: True}, "environments_dir": tmp_path}
     settings = load_settings(**chosen)
-    for stage in ("smoothing", "smoothing-open3d"):
-        with pytest.raises(EnvironmentMissing, match="'smoothing' is not there.*make setup-open3d"):
-            runtime_env("smoothing", settings)
-        python = tmp_path / stage / "bin" / "python"  # the plain one is not enough
+    for name in (stage, lock):
+        with pytest.raises(EnvironmentMissing, match=f"'{stage}' is not there.*make setup-{extra}"):
+            runtime_env(stage, settings)
+        python = tmp_path / name / "bin" / "python"  # the plain one is not enough
         python.parent.mkdir(parents=True)
         python.touch()
-    assert runtime_env("smoothing", settings) == {"py_executable": str(python), **CODE}
-    assert runtime_env("smoothing", load_settings(environments_dir=tmp_path))["py_executable"] != str(python)
-    made = runtime_env("smoothing", load_settings(**chosen, environments="ray-built"))
-    assert made["uv"]["packages"] == pins("smoothing-open3d")
+    assert runtime_env(stage, settings) == {"py_executable": str(python), **code(stage, settings, lock)}
+    assert runtime_env(stage, load_settings(environments_dir=tmp_path))["py_executable"] != str(python)
+    made = runtime_env(stage, load_settings(**chosen, environments="ray-built"))
+    assert made["uv"]["packages"] == pins(lock)
+    assert f"{command_for(lock).removeprefix('make ')}:" in (HOME / "Makefile").read_text()
 
 
 def test_ray_built_installs_the_lock_and_keeps_the_cache(tmp_path: Path) -> None:
     settings = load_settings(environments="ray-built", environments_dir=tmp_path)
     made = runtime_env("nnunet", settings)
     options = ["--override", str(HOME / "runtime_envs/overrides.txt")]  # and none that would forget the cache
-    assert made == {"uv": {"packages": pins("nnunet"), "uv_pip_install_options": options}, **CODE}
+    assert made == {"uv": {"packages": pins("nnunet"), "uv_pip_install_options": options}, **code("nnunet", settings)}
     assert [pin for pin in made["uv"]["packages"] if pin.startswith("torch==")]
     assert runtime_env("gateway", settings) == CODE

@@ -1,8 +1,9 @@
-"""`scangraph accounts` and `scangraph token`, on real records."""
+"""`scangraph accounts`, `scangraph token` and `scangraph audit`, on real records."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from typer.testing import CliRunner, Result
 
 from scangraph.cli import app
 from scangraph.contracts.errors import NameTaken, NoSuch, Unauthenticated, UsageError
-from scangraph.settings import AuthSettings
-from scangraph.store import accounts, open_store
+from scangraph.settings import AuthSettings, load_settings
+from scangraph.store import accounts, audit, open_store
 from scangraph.store.accounts import InvalidName, WeakPassword
+from scangraph.store.audit import Access
 from scangraph.store.tables import Account
 from scangraph.tokens import Tokens
 
@@ -36,7 +38,7 @@ def scangraph(tmp_path: Path) -> Command:
 
 def login(data: Path, name: str, password: str) -> Account:
     async def go() -> Account:
-        store = await open_store(f"sqlite+aiosqlite:///{data}/scangraph.db")
+        store = await open_store(f"sqlite:///{data}/scangraph.db")
         try:
             return await accounts.check_password(store, name, password)
         finally:
@@ -100,3 +102,24 @@ def test_the_owner_of_the_folder_gets_a_token_without_a_password(scangraph: Comm
     scangraph("token", "--name", "nobody", error=NoSuch)
     for minutes in ("0", "1441"):
         scangraph("token", "--minutes", minutes, error=SystemExit)
+
+
+def test_the_audit_log_is_told_and_checked(scangraph: Command, tmp_path: Path) -> None:
+    scangraph("accounts", "add", "ann", "--password-stdin", typed=f"{PASSWORD}\n")
+    person = login(tmp_path, "ann", PASSWORD)
+
+    async def fill() -> None:
+        store = await open_store(load_settings(data=tmp_path).database)
+        accesses = [Access(person.id, "ann", "http", "GET /v1/files/{file_id}", "200", "file", n * 36) for n in "ab"]
+        await audit.append(store, accesses)
+        await store.close()
+
+    asyncio.run(fill())
+    assert "file " + "a" * 36 in scangraph("audit").stdout
+    (line,) = scangraph("audit", "--json", "--about", "b" * 36, "--account", "ann", "--since", "2020-01-01").stdout.splitlines()
+    assert json.loads(line)["seq"] == 2
+    head = scangraph("audit", "verify").stdout.split()[-1]
+    assert scangraph("audit", "verify", "--head", head).stdout.startswith("2 rows")
+    scangraph("audit", "verify", "--head", "3:" + head[2:], error=SystemExit)
+    scangraph("audit", "verify", "--head", "3", error=UsageError)
+    scangraph("audit", "--since", "yesterday", error=UsageError)

@@ -51,8 +51,9 @@ def test_calls_pass_on_references_and_can_be_awaited(graph: Connection, phantom:
     mask, surfaces = asyncio.run(both())
     assert np.array_equal(mask.array, merge_label_maps([organs, vessels]).array)
     assert {s.label for s in surfaces.surfaces} == set(mask.counts())
-    picture = graph.preview(scene, phantom.volumes["portal"], merged).result(timeout=120)
-    assert picture.startswith(b"\x89PNG")
+    picture = graph.preview(scene, phantom.volumes["portal"], merged)
+    assert (picture.result(timeout=120).width, picture.result().height) == (1600, 900)
+    assert graph.encode(picture).startswith(b"\x89PNG")
 
 
 def test_errors_come_as_themselves(graph: Connection) -> None:

@@ -73,7 +73,7 @@ def test_a_pipeline_of_that_name_is_never_run_instead(tmp_path: Path) -> None:
     spec = one_step_pipeline(catalog(load_settings(data=tmp_path))["inference/ureter"])
 
     async def check() -> None:
-        store = await open_store(f"sqlite+aiosqlite:///{tmp_path}/records.db")
+        store = await open_store(f"sqlite:///{tmp_path}/records.db")
         made = await find_built_in(store, spec)
         assert (made.built_in, made.name, made.revision) == (True, "inference-ureter", 1)
         assert await find_built_in(store, spec) == made

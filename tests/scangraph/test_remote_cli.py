@@ -48,7 +48,9 @@ Command = Callable[..., Done]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = load_settings(
-        data=tmp_path_factory.mktemp("data"), gateway={"poll_seconds": 0.05}, executor={"lease_seconds": 5, "max_running": 3}
+        data=tmp_path_factory.mktemp("data"),
+        gateway={"poll_seconds": 0.05},
+        executor={"lease_seconds": 5, "max_running": 3, "keep_from_seconds": 0},
     )
     with serving(settings) as running:
         password = running.account("ann", "editor")

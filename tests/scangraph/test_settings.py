@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from scangraph.contracts.errors import InvalidSetting
 from scangraph.settings import describe_settings, load_settings
 
 
@@ -38,3 +39,17 @@ def test_settings_are_frozen_and_all_described() -> None:
     rows = describe_settings(settings)
     assert all(meaning for _, _, meaning in rows)
     assert "SCANGRAPH_SMOOTHING__MAX_REPLICAS" in {name for name, _, _ in rows}
+
+
+def test_secrets_may_be_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "scangraph_database_url").write_text("postgresql+asyncpg://u:secret@h/n\n")
+    (tmp_path / "scangraph_storage_options").write_text('{"access_key_id": "a", "secret_access_key": "b"}')
+    monkeypatch.setenv("SCANGRAPH_SECRETS", str(tmp_path))
+    settings = load_settings()
+    assert settings.database == "postgresql+asyncpg://u:secret@h/n"
+    assert settings.storage_options == {"access_key_id": "a", "secret_access_key": "b"}
+    monkeypatch.setenv("SCANGRAPH_DATABASE_URL", "sqlite:///x")
+    assert load_settings().database == "sqlite:///x"
+    monkeypatch.setenv("SCANGRAPH_SECRETS", str(tmp_path / "none"))
+    with pytest.raises(InvalidSetting, match="is no folder"):
+        load_settings()

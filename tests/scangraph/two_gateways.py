@@ -77,7 +77,7 @@ def main(tmp_path: Path) -> None:
             assert mask.label(NODE).name == "portal_lymph_node"
             scene = graph.smooth(mask)
             assert "portal_lymph_node" in {surface.name for surface in scene.result(120).surfaces}
-            assert graph.preview(scene, noise(), mask).result(120).startswith(b"\x89PNG")
+            assert graph.preview(scene, noise(), mask).result(120).width == 1600
             stored = settings.storage_root / answers[0].json()["mask_path"]
             again = graph.read_mask(stored)
             assert again.names == {NODE: "portal_lymph_node"}

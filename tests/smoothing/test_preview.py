@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import io
 import subprocess
 from dataclasses import replace
 from typing import Any
@@ -10,12 +9,11 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 from numpy.typing import NDArray
 
 from deployments.smoothing import preview
 from deployments.smoothing.surfaces import Options, label_map_to_scene
-from scangraph.contracts import Frame, LabelMap, Scene, Volume
+from scangraph.contracts import Frame, Image2D, LabelMap, Scene, Volume
 
 
 def has_egl() -> bool:
@@ -34,8 +32,10 @@ def ct_under(mask: LabelMap) -> Volume:
     return mask.with_array((noise + 100 * (mask.array > 0)).astype(np.int16))
 
 
-def pixels(data: bytes) -> NDArray[np.uint8]:
-    return (imread(io.BytesIO(data), format="png")[..., :3] * 255).round().astype(np.uint8)
+def pixels(picture: Image2D) -> NDArray[np.uint8]:
+    (page,) = picture.pages
+    assert page.dtype == np.uint8
+    return np.asarray(page)
 
 
 def box(picture: NDArray[np.uint8], bounds: tuple[int, int, int, int]) -> NDArray[np.uint8]:

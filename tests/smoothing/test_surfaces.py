@@ -197,7 +197,8 @@ def test_numbers_beyond_a_byte_and_too_many_structures() -> None:
     array[1:3, 1:3, 1:1199] = np.repeat(np.arange(1, 600, dtype=np.uint16), 2)
     names = {n: f"part {n}" for n in range(1, 600)}
     mask = LabelMap(array, (1, 1, 1), labels=tuple(names), names=names)
-    scene, _ = label_map_to_scene(mask, Options(structures=(300, 599)))
+    scene, warnings = label_map_to_scene(mask, Options(structures=(300, 599, -1, 70_000)))
+    assert sum("does not occur" in warning for warning in warnings) == 2
     assert [(s.label, s.name) for s in scene.surfaces] == [(300, mask.label(300).name), (599, mask.label(599).name)]
     with pytest.raises(InvalidParameters, match="up to 255 structures, this would have 599"):
         label_map_to_scene(mask)

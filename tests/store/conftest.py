@@ -36,7 +36,7 @@ def run(runner: asyncio.Runner) -> Callable[[Any], Any]:
 def database_url(request: pytest.FixtureRequest, runner: asyncio.Runner, tmp_path: Path) -> str:
     """URL of an empty database."""
     if request.param == "sqlite":
-        return f"sqlite+aiosqlite:///{tmp_path}/records.db"
+        return f"sqlite:///{tmp_path}/records.db"
     return runner.run(fresh_database(request.getfixturevalue("postgres")))
 
 

@@ -73,8 +73,8 @@ async def state_of(store: Store, execution_id: str) -> str:
 
 async def finish(store: Store, claim: Claim) -> bool:
     for step in SPEC.steps:
-        await executions.start_step(store, claim, step.id)
-        await executions.finish_step(store, claim, step.id, SUMMARY, attempts=1, result_key="k", cached=False)
+        await executions.write_down(store, claim, [executions.StepStarted(step.id)])
+        await executions.write_down(store, claim, [executions.StepFinished(step.id, SUMMARY, 1, "k", False)])
     file = NewFile(**{**RESULT.__dict__, "storage_name": f"results/{claim.execution_id}/scene.obj"})
     return await executions.complete(store, claim, [file], None)
 
@@ -92,8 +92,10 @@ def test_the_way_of_one_execution(store: Store, run: Any) -> None:
         claim = await take(store)
         assert claim.execution_id == execution_id
         assert claim.spec == SPEC
-        await executions.start_step(store, claim, "organs")
-        await executions.report_progress(store, claim, {"organs": (Progress(3, 4, "tiles", {"rss_mb": 5.0}), 1)})
+        await executions.write_down(store, claim, [executions.StepStarted("organs")])
+        await executions.write_down(
+            store, claim, [executions.StepProgress("organs", Progress(3, 4, "tiles", {"rss_mb": 5.0}), 1)]
+        )
         record = await executions.load(store, execution_id)
         assert executions.step_percentage(record.steps[0]) == 75
         assert record.steps[0].resources == {"rss_mb": 5.0}
@@ -128,7 +130,7 @@ def test_terminal_states_never_change(store: Store, run: Any, end: str) -> None:
             executions.fail(store, claim, {}),
             executions.end_cancelled(store, claim),
             executions.complete(store, claim, [], None),
-            executions.start_step(store, claim, "organs"),
+            executions.write_down(store, claim, [executions.StepStarted("organs")]),
             executions.give_back(store, claim),
         ):
             with pytest.raises(LeaseLost):
@@ -194,9 +196,9 @@ def test_a_silent_executor_is_replaced_and_cannot_write_any_more(store: Store, r
     async def go() -> None:
         execution_id = await submit(store)
         old = await take(store, "old", lease=0.05)
-        await executions.start_step(store, old, "organs")
-        await executions.finish_step(store, old, "organs", SUMMARY, attempts=1, result_key="k", cached=False)
-        await executions.start_step(store, old, "scene")
+        await executions.write_down(store, old, [executions.StepStarted("organs")])
+        await executions.write_down(store, old, [executions.StepFinished("organs", SUMMARY, 1, "k", cached=False)])
+        await executions.write_down(store, old, [executions.StepStarted("scene")])
         await asyncio.sleep(0.1)
         new = await take(store, "new")
         assert new.execution_id == execution_id
@@ -206,7 +208,7 @@ def test_a_silent_executor_is_replaced_and_cannot_write_any_more(store: Store, r
         lost, _ = await executions.renew(store, "old", [old], 60)
         assert lost == {execution_id}
         with pytest.raises(LeaseLost):
-            await executions.start_step(store, old, "scene")
+            await executions.write_down(store, old, [executions.StepStarted("scene")])
         with pytest.raises(LeaseLost):
             await executions.complete(store, old, [], None)
         assert await executions.renew(store, "new", [new], 60) == (set(), set())
@@ -231,7 +233,7 @@ def test_given_back_work_keeps_its_place(store: Store, run: Any) -> None:
     async def go() -> None:
         first, _second = await submit(store), await submit(store)
         claim = await take(store)
-        await executions.start_step(store, claim, "organs")
+        await executions.write_down(store, claim, [executions.StepStarted("organs")])
         await executions.give_back(store, claim)
         again = await take(store)
         assert again.execution_id == first
@@ -382,13 +384,15 @@ def test_listeners_miss_nothing_while_many_write(store: Store, run: Any) -> None
     async def go() -> None:
         execution_id = await submit(store)
         claim = await take(store)
-        await executions.start_step(store, claim, "organs")
+        await executions.write_down(store, claim, [executions.StepStarted("organs")])
         ready = asyncio.Event()
         heard: list[int] = []
 
         async def write(number: int) -> None:
             for done in range(10):
-                await executions.report_progress(store, claim, {"organs": (Progress(done, 10, f"{number}"), 1)})
+                await executions.write_down(
+                    store, claim, [executions.StepProgress("organs", Progress(done, 10, f"{number}"), 1)]
+                )
 
         async def listen() -> None:
             while not ready.is_set() or await executions.events_since(store, {execution_id: heard[-1]}):

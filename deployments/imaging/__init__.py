@@ -1,0 +1,1 @@
+"""2-D images: resized, filtered, converted, looked into."""

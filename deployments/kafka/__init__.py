@@ -1,0 +1,1 @@
+"""Takes requests in from Kafka and tells it how executions go on."""

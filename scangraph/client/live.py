@@ -168,11 +168,10 @@ async def _listen(session: Session, token: str, execution_id: str, seq: int | No
                     raise from_problem(message["code"], message["status"], "The server refused", message["detail"])
                 if kind == "auth_ok":
                     yield None
-                elif kind == "watching" and seq is not None and message["seq"] <= seq:
-                    # Nothing is new. Where it has ended, nothing ever will be.
+                elif kind == "watching" and seq is not None and message["seq"] <= seq and message["status"] in TERMINAL:
+                    # It had ended, and nothing will ever be new. (Race: one that ends from here on sends its events.)
                     view = await session.ask(ExecutionView, Wish("GET", f"/v1/executions/{segment(execution_id)}"))
-                    if view.status in TERMINAL:
-                        yield Update.of(view, seq)
+                    yield Update.of(view, seq)
                 elif kind == "snapshot":
                     view = ExecutionView.model_validate(message["execution"], extra="ignore")
                     yield Update.of(view, message["seq"])

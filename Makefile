@@ -4,6 +4,8 @@ BIN := .envs/base/bin
 DEV := .envs/dev/bin
 OUT ?= demo-output
 BUF := npx --yes @bufbuild/buf@1.75.0
+# Where this is set, each of a service's twenty processes compiles all that it imports, at each start: 54 s instead of 25 s.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev setup-open3d setup-cugraph demo serve test test-s3 lint proto proto-release types audit train lock bench clean

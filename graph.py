@@ -25,7 +25,7 @@ from deployments.postprocess import components as postprocess
 from deployments.postprocess.deployment import Postprocess
 from deployments.smoothing import components as smoothing
 from deployments.smoothing.deployment import Smoothing
-from runtime_envs import placement, runtime_env
+from runtime_envs import check, placement, runtime_env
 from scangraph import autoscaling
 from scangraph.catalog import Catalog
 from scangraph.settings import Settings, StageSettings, load_settings
@@ -39,8 +39,9 @@ def catalog(settings: Settings) -> Catalog:
 
 
 def build_app(settings: Settings) -> Application:
-    """Bind the deployments."""
+    """Bind the deployments, once their environments are known to start."""
     s = settings
+    check(s)
     told = {"log_level": s.log_level, "encoding": s.log.format.upper(), "enable_access_log": False}
     logging = {**told, "logs_dir": str(s.log.folder) if s.log.folder else None}
 

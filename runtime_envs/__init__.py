@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from runtime_envs.build import SERVING
 from scangraph.contracts.errors import FatalError
 from scangraph.settings import HOME, Settings
 
@@ -14,11 +20,23 @@ SHARES_BASE = frozenset({"gateway", "executor", "imageio", "kafka"})
 COMPILES = frozenset({"nnunet", "smoothing", "postprocess"})
 
 
+#: What a replica's interpreter must have in common with its cluster's.
+_TELL = "import json, sys; from importlib.metadata import version; print(json.dumps([version('ray'), sys.version_info[:2]]))"
+_START_SECONDS = 60
+
+
 class EnvironmentMissing(FatalError):
     """A stage's environment was not built."""
 
     code, title = "environment-missing", "A stage's environment is missing"
     template = "The environment of stage {stage!r} is not there ({expected}). Build it with `{command}`."
+
+
+class EnvironmentBroken(FatalError):
+    """A stage's environment is there, and no replica could start from it."""
+
+    code, title = "environment-broken", "A stage's environment does not work"
+    template = "{python} cannot run a stage: {reason}. Build the environment again with `{command}`."
 
 
 def lock_of(stage: str, settings: Settings | None = None) -> str:
@@ -78,3 +96,39 @@ def runtime_env(stage: str, settings: Settings) -> dict[str, Any]:
     if settings.environments == "prebuilt" and not python.exists():
         raise EnvironmentMissing(stage=stage, expected=str(python), command=command_for(lock))
     return {"py_executable": str(python), **code}
+
+
+def check(settings: Settings) -> None:
+    """Start each stage's prebuilt interpreter once, before anything is deployed.
+
+    Ray tries without end to start a worker whose interpreter ends at once, and Serve waits for it without saying why. With
+    this, a broken update is refused and what runs goes on. Environments elsewhere, or that Ray builds, cannot be asked.
+
+    Raises
+    ------
+    EnvironmentMissing, EnvironmentBroken
+        For the first that is not there, or does not start, or has another Ray or Python than this process.
+    """
+    if settings.environments != "prebuilt":
+        return
+    pythons = {lock_of(stage, settings): str(runtime_env(stage, settings)["py_executable"]) for stage in SERVING}
+    with ThreadPoolExecutor(len(pythons)) as pool:
+        for lock, python, reason in zip(pythons, pythons.values(), pool.map(_why_broken, pythons.values()), strict=True):
+            if reason:
+                raise EnvironmentBroken(python=python, reason=reason, command=command_for(lock))
+
+
+def _why_broken(python: str) -> str:
+    try:
+        command = [python, "-I", "-c", _TELL]
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_START_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"it did not start within {_START_SECONDS} s"
+    except OSError as error:
+        return f"it does not start ({error.strerror})"
+    lines = asked.stderr.strip().splitlines()
+    if asked.returncode:
+        return f"it ended with {asked.returncode} ({lines[-1] if lines else 'and said nothing'})"
+    ray, (major, minor) = json.loads(asked.stdout)
+    found, wanted = (ray, f"{major}.{minor}"), (version("ray"), "{}.{}".format(*sys.version_info[:2]))
+    return "" if found == wanted else "it has Ray {} and Python {}, this process {} and {}".format(*found, *wanted)

@@ -16,6 +16,7 @@ from ray import serve
 
 from graph import build_app
 from scangraph.cluster import with_gpu_share
+from scangraph.contracts.errors import ScanGraphError
 from scangraph.handles import APPLICATION, SERVICE_FILE, use_token
 from scangraph.settings import load_settings
 
@@ -31,6 +32,9 @@ def main(data: Path, environments: Path | None = None) -> int:
     settings = settings.model_copy(update={"log": log, "port": int(told["url"].rpartition(":")[2])})
     try:
         serve.run(build_app(with_gpu_share(settings)), name=APPLICATION, route_prefix="/")
+    except ScanGraphError as error:  # refused before anything was changed
+        print(error)
+        return 1
     except RuntimeError as error:
         print(" ".join(str(error).split())[-300:])
     application = serve.status().applications[APPLICATION]

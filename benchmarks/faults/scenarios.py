@@ -113,8 +113,8 @@ class World:
             records.execute("DELETE FROM step_results")
         shutil.rmtree(self.data / "storage" / "steps", ignore_errors=True)
 
-    async def ready(self, seconds: float = 120) -> None:
-        """Wait until every deployment has a replica and the service is ready."""
+    async def ready(self, seconds: float = 120) -> bool:
+        """Wait until every deployment has a replica and the service is ready; False if that takes longer."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with contextlib.suppress(httpx.TransportError):
@@ -122,9 +122,9 @@ class World:
                     good = (await client.get("/readyz")).status_code == 200
                 here = [*self.service.tree(), *(process for node in self.nodes for process in node.tree())]
                 if good and all(self.service.matching(here, name) for name in (*COMPONENTS, "imageio", "executor")):
-                    return
+                    return True
             await asyncio.sleep(0.3)
-        raise RuntimeError("the service did not become ready")
+        return False
 
 
 @dataclass
@@ -285,25 +285,38 @@ async def redeploy(scene: Scene) -> None:
 
 
 async def broken_environment(scene: Scene) -> None:
-    """Deploy a version whose segmentation stage has an interpreter that does not start; then the good one again."""
-    broken = scene.world.data / "environments"
-    shutil.rmtree(broken, ignore_errors=True)
-    broken.mkdir()
-    for there in load_settings().environments_dir.iterdir():
+    """Deploy two versions whose segmentation stage cannot start, then the good one again.
+
+    The first interpreter ends at once, which is seen before anything is deployed. The second works until it is to be a
+    replica, as if it were on a node that cannot be asked.
+    """
+    environments = load_settings().environments_dir
+    folder, good = scene.world.data / "environments", environments / "nnunet" / "bin" / "python"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for there in environments.iterdir():
         if there.name != "nnunet":
-            (broken / there.name).symlink_to(there)
-    shutil.copytree(load_settings().environments_dir / "nnunet", broken / "nnunet", ignore=lambda *_: ["bin", "lib", "lib64"])
-    (broken / "nnunet" / "bin").mkdir()
-    python = broken / "nnunet" / "bin" / "python"
+            (folder / there.name).symlink_to(there)
+    python = folder / "nnunet" / "bin" / "python"
+    python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\necho 'this environment is broken' >&2\nexit 1\n")
     python.chmod(0o755)
-    code, scene.told["told"] = await deploy_again(scene.service, broken)
+    code, scene.told["refused"] = await deploy_again(scene.service, folder)
     assert code != 0, "a broken version was deployed"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *worker*) exit 1;; esac\nexec {good} "$@"\n')
     client = scene.clients[0]
+    try:
+        async with asyncio.timeout(45):
+            code, said = await deploy_again(scene.service, folder)
+    except TimeoutError:
+        scene.told["second"] = "Serve waits for it"
+    else:
+        scene.told["second"] = said
+        assert code != 0, "a broken version was deployed"
     await client.submit(Work("meanwhile", "organs", "image", "ct", {"step_size": 0.77}))
-    await asyncio.sleep(20)
-    found = await client.look(client.ids["meanwhile"])
-    scene.told["meanwhile"] = found and found["status"]
+    scene.told["ready meanwhile"] = (await client.ask("GET", "/readyz", until={200, 503})).status_code == 200
+    await client.wait()
+    scene.told["meanwhile"] = client.ended[client.ids["meanwhile"]]["status"]
     code, said = await deploy_again(scene.service)
     assert code == 0, said
 
@@ -378,7 +391,11 @@ async def deploy_again(service: ServiceProcess, *arguments: Path) -> tuple[int, 
     command = [sys.executable, "-m", "benchmarks.faults.redeploy", str(service.data), *map(str, arguments)]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, env=service.environment, cwd=ROOT, stdout=pipe, stderr=pipe)
-    said, complained = await process.communicate()
+    try:
+        said, complained = await process.communicate()
+    finally:
+        if process.returncode is None:  # nobody waits any more
+            process.kill()
     code = await process.wait()
     return code, (said or (complained[-600:] if code else b"")).decode(errors="replace").strip()
 
@@ -452,7 +469,8 @@ async def run(world: World, name: str, works: Sequence[Work] | None = None, seco
     seconds : float
         After that the clients give up, and what has not ended is lost.
     """
-    await world.ready()
+    if not await world.ready():
+        return {"scenario": name, "faults": ["the service was not ready for it"]}
     world.forget()
     world.runs += 1
     log = Log(world.data / f"clients-{world.runs}-{name}.jsonl")
@@ -473,8 +491,11 @@ async def run(world: World, name: str, works: Sequence[Work] | None = None, seco
                 await asyncio.gather(*(client.wait() for client in clients))
         except TimeoutError:
             gave_up = f"not ended after {seconds:.0f} s"
+        except AssertionError as error:
+            gave_up = str(error)
         took = time.monotonic() - start
-        await world.ready()
+        if not await world.ready():
+            gave_up = gave_up or "the service did not become ready again"
         await asyncio.sleep(0.3)  # the pulse is heard again
     for client in clients:
         await client.review([other for other in clients if other is not client])

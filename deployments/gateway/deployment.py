@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatusOverview
 
 from deployments.gateway.app import build_app
 from deployments.gateway.metrics import make_token
@@ -128,18 +129,11 @@ class Gateway(Rpc):
         await tracing.flush()
 
     async def readiness(self) -> dict[str, str]:
-        """Ask Serve's controller for every deployment's state."""
+        """Ask Serve's controller which deployments cannot take work."""
 
         def look() -> dict[str, str]:
-            waiting = {}
-            own = serve.get_replica_context().app_name
-            for name, application in serve.status().applications.items():
-                if name != own:
-                    continue
-                for deployment, state in application.deployments.items():
-                    if state.status.value != "HEALTHY":
-                        waiting[deployment] = f"{state.status.value}: {_cause(state.message)}"
-            return waiting
+            application = serve.status().applications.get(serve.get_replica_context().app_name)
+            return why_not_ready(application.deployments) if application else {}
 
         return await asyncio.to_thread(look)
 
@@ -215,6 +209,19 @@ async def _probe(storage: Storage) -> None:
         await storage.probe()
     except ScanGraphError as error:
         log.error("%s", error)
+
+
+def why_not_ready(deployments: Mapping[str, DeploymentStatusOverview]) -> dict[str, str]:
+    """Return the deployments that cannot take work, and why.
+
+    One whose replica runs can, whatever else Serve is busy with: more of them, or a new version that may never start. One
+    without any is healthy where nothing asks for it.
+    """
+    return {
+        name: f"{state.status.value}: {_cause(state.message)}"
+        for name, state in deployments.items()
+        if state.status.value != "HEALTHY" and "RUNNING" not in state.replica_states
+    }
 
 
 def _cause(message: str) -> str:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import venv
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtime_envs import COMPILES, SHARES_BASE, EnvironmentMissing, command_for, lock_of, pins, runtime_env
+from runtime_envs import (
+    COMPILES,
+    SHARES_BASE,
+    EnvironmentBroken,
+    EnvironmentMissing,
+    check,
+    command_for,
+    lock_of,
+    pins,
+    runtime_env,
+)
 from runtime_envs.build import SERVING
 from scangraph.settings import HOME, Settings, load_settings
 
@@ -67,3 +81,49 @@ def test_ray_built_installs_the_lock_and_keeps_the_cache(tmp_path: Path) -> None
     assert made == {"uv": {"packages": pins("nnunet"), "uv_pip_install_options": options}, **code("nnunet", settings)}
     assert [pin for pin in made["uv"]["packages"] if pin.startswith("torch==")]
     assert runtime_env("gateway", settings) == CODE
+
+
+def script(text: str) -> str:
+    """What stands in for an interpreter."""
+    return f"#!/bin/sh\n{text}\n"
+
+
+OURS = [version("ray"), sys.version_info[:2]]
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "reason"),
+    [
+        (script("echo 'no such library: libthis.so' >&2; exit 3"), r"it ended with 3 \(no such library: libthis.so\)"),
+        (script("exit 1"), r"it ended with 1 \(and said nothing\)"),
+        ("#!/there/is/no/python", r"it does not start \(No such file or directory\)"),
+        (script(f"echo '{json.dumps(['2.0.0', OURS[1]])}'"), "it has Ray 2.0.0 and Python 3.11, this process"),
+        (None, r"it ended with 1 \(.*PackageNotFoundError: No package metadata was found for ray\)"),
+    ],
+    ids=["ends", "silent", "is-not-there", "another-ray", "without-ray"],
+)
+def test_an_environment_that_no_replica_could_start_from_is_found_before(
+    interpreter: str | None, reason: str, tmp_path: Path
+) -> None:
+    for stage in SERVING:
+        python = tmp_path / stage / "bin" / "python"
+        if stage == "smoothing" and interpreter is None:
+            venv.create(tmp_path / stage)  # a good Python with nothing in it
+            continue
+        python.parent.mkdir(parents=True)
+        python.write_text(interpreter if stage == "smoothing" and interpreter else script(f"echo '{json.dumps(OURS)}'"))
+        python.chmod(0o755)
+    settings = load_settings(environments_dir=tmp_path)
+    with pytest.raises(EnvironmentBroken, match=f"{tmp_path}/smoothing/bin/python cannot run a stage: {reason}.*`make setup`"):
+        check(settings)
+    check(load_settings(environments_dir=tmp_path, environments="images"))  # they are on other nodes
+    (tmp_path / "imaging" / "bin" / "python").unlink()
+    with pytest.raises(EnvironmentMissing, match="'imaging' is not there"):
+        check(settings)
+
+
+def test_good_environments_pass() -> None:
+    settings = load_settings()
+    if not all((settings.environments_dir / stage / "bin" / "python").exists() for stage in SERVING):
+        pytest.skip("the environments are not built: run `make setup`")
+    check(settings)

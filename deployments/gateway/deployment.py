@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -183,7 +184,10 @@ class Gateway(Rpc):
 
 
 async def node_pages() -> dict[str, str | None]:
-    """Ask the agent of every node that is alive for its page; they answer at once, or not at all."""
+    """Ask the agent of every node that is alive for its page; they answer at once, or not at all.
+
+    A node is called by its address; where several share one (a cluster on one machine), by its agent's port, too.
+    """
     nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
     async with httpx.AsyncClient(timeout=_AGENT_SECONDS, trust_env=False) as client:
 
@@ -195,9 +199,11 @@ async def node_pages() -> dict[str, str | None]:
                 return None
             return answer.text
 
-        addresses = [str(node["NodeManagerAddress"]) for node in nodes]
-        found = await asyncio.gather(*(ask(a, node["MetricsExportPort"]) for a, node in zip(addresses, nodes, strict=True)))
-    return dict(zip(addresses, found, strict=True))
+        places = [(str(node["NodeManagerAddress"]), int(node["MetricsExportPort"])) for node in nodes]
+        found = await asyncio.gather(*(ask(*place) for place in places))
+    often = Counter(address for address, _ in places)
+    names = [address if often[address] == 1 else f"{address}:{port}" for address, port in places]
+    return dict(zip(names, found, strict=True))
 
 
 def _pipelines(components: tuple[Component, ...]) -> list[PipelineSpec]:

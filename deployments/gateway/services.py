@@ -39,7 +39,7 @@ class Services(Intake):
         Waits until the executor wrote something since the number given, and returns the newest number. Without it, or while it
         fails, the records are looked at every `poll_seconds`.
     pages : callable
-        Node's address -> the page of its metrics, None where it does not answer.
+        Node's address, with a port where several share it -> the page of its metrics, None where it does not answer.
     """
 
     tokens: Tokens

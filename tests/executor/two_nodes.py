@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import tempfile
+import time
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -12,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import ray
+from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from benchmarks.autoscaling import nodes
+from deployments.gateway.deployment import node_pages
 from scangraph.handles import TOKEN_FILE, use_token
 from scangraph.routing import bytes_by_node
 
 NEAR: Any = {"request_router_class": "scangraph.routing:NearTheData"}
+QUICK: Any = {"_system_config": {"metrics_report_interval_ms": 1000}}
 PLACED: Any = {"num_cpus": 0, "num_gpus": 1}
 
 
@@ -65,6 +69,24 @@ async def check(handle: Any) -> None:
     assert went[places[0]] >= 2
     assert went[places[1]] >= 1
 
+    # What was copied is counted.
+    wanted = {"here": (len(made) + went[places[0]]) * total, "elsewhere": went[places[1]] * total}
+    end = time.monotonic() + 60
+    while (found := await counted()) != wanted:
+        assert time.monotonic() < end, f"{found} were counted, not {wanted}"
+        await asyncio.sleep(0.5)
+
+
+async def counted() -> dict[str, float]:
+    """Return the bytes of arguments by place, as the nodes' pages have them."""
+    found: Counter[str] = Counter()
+    for page in (await node_pages()).values():
+        for family in text_string_to_metric_families(page or ""):
+            for sample in family.samples:
+                if sample.name.endswith("scangraph_argument_bytes_total"):
+                    found[sample.labels["place"]] += int(sample.value)
+    return dict(found)
+
 
 def main() -> None:
     """Run it."""
@@ -73,7 +95,7 @@ def main() -> None:
         (Path(short) / TOKEN_FILE).parent.mkdir()
         (Path(short) / TOKEN_FILE).write_text(secrets.token_hex(32))
         use_token(Path(short))
-        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=short)
+        ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, _temp_dir=short, **QUICK)
         try:
             with nodes(2):
                 serve.start(http_options=HTTPOptions(location=ProxyLocation.Disabled))

@@ -288,8 +288,8 @@ class Conversation:
             await self._problem(error.code, error.status, error.detail, execution_id)
             return
         last = record.execution.last_seq
-        state = record.execution.state
-        await self._send({"type": "watching", "execution_id": execution_id, "seq": last, "status": state})
+        ended = record.execution.state in TERMINAL
+        await self._send({"type": "watching", "execution_id": execution_id, "seq": last, "ended": ended})
         if wish.seq is None or wish.seq > last:
             view = to_view(record).model_dump(mode="json")
             await self._send({"type": "snapshot", "execution_id": execution_id, "seq": last, "execution": view})

@@ -168,7 +168,7 @@ async def _listen(session: Session, token: str, execution_id: str, seq: int | No
                     raise from_problem(message["code"], message["status"], "The server refused", message["detail"])
                 if kind == "auth_ok":
                     yield None
-                elif kind == "watching" and seq is not None and message["seq"] <= seq and message["status"] in TERMINAL:
+                elif kind == "watching" and seq is not None and message["seq"] <= seq and message["ended"]:
                     # It had ended, and nothing will ever be new. (Race: one that ends from here on sends its events.)
                     view = await session.ask(ExecutionView, Wish("GET", f"/v1/executions/{segment(execution_id)}"))
                     yield Update.of(view, seq)

@@ -177,7 +177,7 @@ def test_snapshot_then_progress_then_the_end(gateway: Gateway) -> None:
     with conversation(gateway, replica=1) as socket:  # the work is seen from the other replica, too
         say(socket, type="watch", execution_id=execution_id)
         watching, snapshot = hear(socket), hear(socket)
-        assert watching == {"type": "watching", "execution_id": execution_id, "seq": 1, "status": "pending"}
+        assert watching == {"type": "watching", "execution_id": execution_id, "seq": 1, "ended": False}
         assert snapshot["seq"] == 1
         assert snapshot["execution"]["status"] == "pending"
         assert snapshot["execution"]["queue_position"] >= 1

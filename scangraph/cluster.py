@@ -17,6 +17,7 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray._private import auto_init_hook
 from ray.serve.config import HTTPOptions, ProxyLocation, gRPCOptions
 
 from scangraph.handles import APPLICATION, SERVICE_FILE, TOKEN_FILE, use_token
@@ -85,6 +86,8 @@ def local_service(settings: Settings, *, http: bool = True) -> Iterator[Service]
         _write_private(settings.data / TOKEN_FILE, secrets.token_hex(32))
     use_token(settings.data)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A thread of Serve's that outlives the service would start another Ray, and end the process with a fault as it exits.
+    auto_init_hook.enable_auto_connect = False
     # Unix sockets have short names, so Ray's own files cannot live in a deep data folder.
     remove_leftovers(run_folder)
     temporary = Path(tempfile.mkdtemp(prefix="scangraph-"))

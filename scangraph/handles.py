@@ -263,6 +263,8 @@ class Connection:
 
     def close(self) -> None:
         """Leave; the service runs on."""
+        for handle in self._handles.values():
+            handle.shutdown()  # its router would go on in a thread of Serve's
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

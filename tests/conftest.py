@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ray._private import auto_init_hook
 
 from scangraph.contracts import LabelMap, Volume
 from scangraph.phantoms import Phantom, make_phantom
@@ -18,6 +19,11 @@ from tests.s3 import in_own_place
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Let no thread that outlives a test's Ray start another one."""
+    auto_init_hook.enable_auto_connect = False
 
 
 @pytest.fixture(scope="session")

@@ -227,12 +227,13 @@ class HeadDeadline(HttpToolsProtocol):
         super().handle_websocket_upgrade()
 
     def data_received(self, data: bytes) -> None:  # noqa: D102
+        before = self._place
         super().data_received(data)
         if self._upgraded or self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
             return
         # Nothing is being answered: this is a head, or the rest of a body whose answer the client has not read yet.
         self._arm()
-        if self._place != "body":
+        if "body" not in (before, self._place):  # the last of such a body is not the next request's head
             self._size += len(data)
             if self._size > HEAD_BYTES:
                 self._refuse(431, "head-too-large", "The request's head is too large", f"It may have {HEAD_BYTES} bytes.")

@@ -172,6 +172,17 @@ def test_a_body_that_nobody_reads_does_not_hold_the_answer(client: httpx.Client)
     assert client.post("/main/ignore", content=bytes(20 * MB)).status_code == 204
 
 
+def test_the_rest_of_a_body_that_was_answered_is_no_head(served: Served) -> None:
+    """It comes when the answer is out, and the connection is good for the next request."""
+    with socket.create_connection(served.address, timeout=30) as line:
+        for _ in range(5):
+            line.sendall(b"POST /main/ignore HTTP/1.1\r\nHost: x\r\nContent-Length: 201000\r\n\r\n" + bytes(1000))
+            assert line.recv(2**16).startswith(b"HTTP/1.1 204 ")
+            line.sendall(bytes(200_000))
+        line.sendall(b"GET /main/headers HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert line.recv(2**16).startswith(b"HTTP/1.1 200 ")
+
+
 def test_small_requests_and_websockets_are_as_ever(served: Served, client: httpx.Client) -> None:
     assert client.post("/main/echo", json={"a": 1}).json() == {"a": 1}
     with connect(served.url.replace("http", "ws") + "/main/ws") as talk:

@@ -23,7 +23,11 @@ from websockets.exceptions import WebSocketException
 
 from benchmarks.faults.checker import TERMINAL
 from deployments.imageio.nifti import write_nifti
+from scangraph.contracts import LabelMap
 from scangraph.phantoms import make_phantom
+
+#: Voxels of the fine mask along one of the coarse one's.
+_FINER = 5
 
 
 class Log:
@@ -62,20 +66,28 @@ def mixture(organs: int, masks: int = 1, pictures: int = 1) -> list[Work]:
     """Return work for every kind of stage; parameters differ, so that nothing has another's result."""
     return [
         *(Work(f"organs-{n}", "organs", "image", "ct", {"step_size": round(0.9 - 0.02 * n, 2)}) for n in range(organs)),
-        *(Work(f"skeleton-{n}", "postprocess-skeleton", "mask", "mask", {"min_mm3": 5.0 + n}) for n in range(masks)),
+        *(Work(f"skeleton-{n}", "postprocess-skeleton", "mask", "vessels", {"min_mm3": 5.0 + n}) for n in range(masks)),
+        *(Work(f"surface-{n}", "smoothing-base", "mask", "vessels", {"min_volume_mm3": 5.0 + n}) for n in range(masks)),
         *(Work(f"picture-{n}", "image-resize", "image", "picture", {"width": 5000 + n}) for n in range(pictures)),
     ]
 
 
 def inputs(seed: int) -> dict[str, bytes]:
-    """Make somebody's inputs: a coarse synthetic CT, a mask of its vessels, and a picture. Other seeds, other bytes."""
+    """Make somebody's inputs: a coarse synthetic CT, a mask of its vessels, and a picture. Other seeds, other bytes.
+
+    `vessels` is the mask on a grid five times as fine, so that a stage is at work on it for long enough to be killed meanwhile.
+    """
     coarse = make_phantom(seed, spacing_mm=(6.0, 5.0, 5.0))
     picture = io.BytesIO()
+    mask = coarse.truth["vessels"]
+    fine = np.kron(mask.array, np.ones((_FINER, _FINER, _FINER), np.uint8))
+    vessels = LabelMap(fine, tuple(side / _FINER for side in mask.spacing_mm), mask.origin_mm, mask.direction, mask.labels)  # type: ignore[arg-type]
     noise = np.random.default_rng(seed).integers(0, 256, (75, 100, 3), np.uint8)
     Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC).save(picture, "JPEG", quality=90)
     return {
         "ct.nii.gz": write_nifti(coarse.volumes["portal"]),
-        "mask.nii.gz": write_nifti(coarse.truth["vessels"]),
+        "mask.nii.gz": write_nifti(mask),
+        "vessels.nii.gz": write_nifti(vessels),
         "picture.jpg": picture.getvalue(),
     }
 

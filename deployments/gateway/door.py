@@ -54,7 +54,6 @@ _HARMLESS_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 #: What Serve says by itself -> the problem's code, title and sentence. Its own text would show a traceback's last line.
 _SAID_BY_SERVE: dict[int, tuple[str, str, str]] = {
-    404: ("not-found", "There is nothing at this address", "No application is served at {path}."),
     408: ("timed-out", "The request took too long", "The request was stopped after the longest time that Serve gives one."),
     429: ("overloaded", "Too many requests", "Every gateway has as many requests as it may; nothing was done with this one."),
     500: (
@@ -64,6 +63,12 @@ _SAID_BY_SERVE: dict[int, tuple[str, str, str]] = {
     ),
     503: ("overloaded", "The service is busy", "No gateway can take the request now; nothing was done with it. Send it again."),
 }
+#: The graph is at `/`, so Serve knows every address, or none yet: "not found" would say that an execution is gone.
+_STARTING = (
+    "starting",
+    "The service is starting",
+    "No gateway is there yet; nothing was done with the request. Send it again.",
+)
 _LOST = (
     "gateway-lost",
     "The gateway went away",
@@ -173,7 +178,11 @@ class _Passage:
                 self._news.set()
         elif not message.get("more_body", False):
             status = int(self._withheld["status"])
-            await self.answer(status, _SAID_BY_SERVE.get(status, _SAID_BY_SERVE[500]))
+            if status == 404:
+                self._withheld = {**self._withheld, "headers": [(b"retry-after", b"5")]}
+                await self.answer(503, _STARTING)
+            else:
+                await self.answer(status, _SAID_BY_SERVE.get(status, _SAID_BY_SERVE[500]))
 
     async def answer(self, status: int, said: tuple[str, str, str]) -> None:
         """Answer with a problem, unless an answer has begun."""

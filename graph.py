@@ -106,7 +106,8 @@ def build_app(settings: Settings) -> Application:
         "max_replicas": s.gateway.max_replicas,
         "target_ongoing_requests": s.gateway.target_requests,
     }
-    return control(gateway, "gateway", s, catalog(s), executor, stages["imageio"], doors, autoscaling_config=replicas)
+    waiting = {"autoscaling_config": replicas, "max_queued_requests": s.gateway.max_queued}
+    return control(gateway, "gateway", s, catalog(s), executor, stages["imageio"], doors, **waiting)
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -152,7 +152,8 @@ class GatewaySettings(Section):
     target_requests: float = Field(
         32, gt=0, description="requests, open WebSockets too, that a replica should have; more get another"
     )
-    max_requests: int = Field(256, gt=0, description="requests one replica works on at once; more are answered 503")
+    max_requests: int = Field(256, gt=0, description="requests, open WebSockets too, that one replica works on at once")
+    max_queued: int = Field(64, gt=0, description="requests that wait at a proxy for a replica; more are answered 503 at once")
     max_body_bytes: int = Field(1024 * 1024, gt=0, description="bytes a JSON body may have")
     stall_seconds: float = Field(20, gt=0, description="silence in the middle of a request after which it is cut off")
     poll_seconds: float = Field(0.2, gt=0, description="how often the records are looked at for news while somebody waits")

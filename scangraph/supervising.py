@@ -247,9 +247,12 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Whether somebody answers there; a refusal is an answer."""
+    """Whether Serve's proxy answers there, by itself; a refusal is an answer.
+
+    A gateway with too much to do answers late; to end the service for that would end all that it works on. Serve minds it.
+    """
     try:
-        with urllib.request.urlopen(f"{url}/healthz", timeout=_ASK_SECONDS):  # noqa: S310 - our own address
+        with urllib.request.urlopen(f"{url}/-/healthz", timeout=_ASK_SECONDS):  # noqa: S310 - our own address
             return True
     except urllib.error.HTTPError:
         return True

@@ -264,7 +264,7 @@ async def overload(scene: Scene) -> None:
 
 async def queued(scene: Scene) -> None:
     """Send 1000 more executions at once; each is looked at afterwards as every other."""
-    works = [Work(f"many-{n}", "postprocess-merge", "masks", "mask", {"structures": [204, 300 + n]}) for n in range(500)]
+    works = [Work(f"many-{n}", "postprocess-clean", "mask", "mask", {"min_mm3": 1 + n / 100}) for n in range(500)]
     gate = asyncio.Semaphore(16)
 
     async def one(client: Client, work: Work) -> None:

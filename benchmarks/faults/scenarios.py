@@ -171,10 +171,11 @@ async def nothing(scene: Scene) -> None:
     """Do no harm: the run that others are compared with."""
 
 
-def replica(deployment: str) -> Harm:
-    """Kill a stage's replicas as soon as one of its steps runs."""
+def replica(deployment: str, more: Sequence[Work] = ()) -> Harm:
+    """Kill a stage's replicas as soon as one of its steps runs; more work keeps one that is quick from having ended before."""
 
     async def harm(scene: Scene) -> None:
+        await asyncio.gather(*(client.submit(work) for client in scene.clients for work in more))
         scene.told["at work"] = await scene.at_work(deployment)
         scene.kill(scene.service.processes(deployment))
 
@@ -425,9 +426,11 @@ async def second_proxy(scene: Scene) -> None:
     scene.kill(second.processes("proxy"))
 
 
+_SURFACES = [Work(f"surface-more-{n}", "smoothing-base", "mask", "vessels", {"min_volume_mm3": 50.0 + n}) for n in range(8)]
 SCENARIOS: dict[str, Harm] = {
     "quiet": nothing,
     **{name: replica(name) for name in COMPONENTS},
+    "smoothing": replica("smoothing", _SURFACES),
     "imageio": imageio,
     "executor": soon("executor"),
     "gateway": soon("gateway", seconds=0.5),

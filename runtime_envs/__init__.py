@@ -120,7 +120,7 @@ def check(settings: Settings) -> None:
 
 def _why_broken(python: str) -> str:
     try:
-        command = [python, "-I", "-c", _TELL]
+        command = [python, "-IB", "-c", _TELL]  # by itself, and leaving no bytecode behind
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_START_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"it did not start within {_START_SECONDS} s"

@@ -10,10 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from runtime_envs.build import SERVING
 from scangraph.contracts.errors import FatalError
 from scangraph.settings import HOME, Settings
 
+#: What a service needs.
+STAGES = ("base", "nnunet", "smoothing", "postprocess", "imaging")
 #: Stages that need nothing but the base environment share it.
 SHARES_BASE = frozenset({"gateway", "executor", "imageio", "kafka"})
 #: Stages with loops that numba compiles.
@@ -111,7 +112,7 @@ def check(settings: Settings) -> None:
     """
     if settings.environments != "prebuilt":
         return
-    pythons = {lock_of(stage, settings): str(runtime_env(stage, settings)["py_executable"]) for stage in SERVING}
+    pythons = {lock_of(stage, settings): str(runtime_env(stage, settings)["py_executable"]) for stage in STAGES}
     with ThreadPoolExecutor(len(pythons)) as pool:
         for lock, python, reason in zip(pythons, pythons.values(), pool.map(_why_broken, pythons.values()), strict=True):
             if reason:

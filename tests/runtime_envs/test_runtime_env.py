@@ -14,6 +14,7 @@ import pytest
 from runtime_envs import (
     COMPILES,
     SHARES_BASE,
+    STAGES,
     EnvironmentBroken,
     EnvironmentMissing,
     check,
@@ -123,6 +124,7 @@ def test_an_environment_that_no_replica_could_start_from_is_found_before(
 
 
 def test_good_environments_pass() -> None:
+    assert STAGES == SERVING  # what is built is what is looked at
     settings = load_settings()
     if not all((settings.environments_dir / stage / "bin" / "python").exists() for stage in SERVING):
         pytest.skip("the environments are not built: run `make setup`")

@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,12 @@ def main() -> None:
             (Path(folder) / f"{what}.nii.gz").write_bytes(data)
             copy = reduced(volume)
             parts = (
-                median_seconds(lambda data=data, what=what: read_nifti(data, "a.nii.gz", as_mask=what == "mask")),  # type: ignore[misc]
-                median_seconds(lambda volume=volume: reduced(volume)),  # type: ignore[misc]
-                median_seconds(lambda copy=copy: write_nifti(copy, level=1)),  # type: ignore[misc]
+                median_seconds(partial(read_nifti, data, "a.nii.gz", as_mask=what == "mask")),
+                median_seconds(partial(reduced, volume)),
+                median_seconds(partial(write_nifti, copy, level=1)),
             )
             whole = whole_requests(imageio, f"{what}.nii.gz", what)
-            picture = median_seconds(lambda volume=volume: small_picture(volume))  # type: ignore[misc]
+            picture = median_seconds(partial(small_picture, volume))
             size = len(write_nifti(copy, level=1)) / 1e6
             cells = [
                 f"{len(data) / 1e6:.0f}",

@@ -13,7 +13,7 @@ from typing import Any
 from scangraph.contracts.errors import FatalError
 from scangraph.settings import HOME, Settings
 
-#: What a service needs.
+#: What a service needs: `build.SERVING`, which runs before anything is installed, so neither can import the other.
 STAGES = ("base", "nnunet", "smoothing", "postprocess", "imaging")
 #: Stages that need nothing but the base environment share it.
 SHARES_BASE = frozenset({"gateway", "executor", "imageio", "kafka"})

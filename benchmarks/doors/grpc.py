@@ -133,7 +133,7 @@ def measure(service: ServiceProcess, count: int, side: int) -> None:
             proxy, gateway = ("{:.0f}, {:.0f}".format(*watch.above[part]) for part in ("proxy", "gateway"))
             print(f"{name:28} {took:6.2f} s {len(image) / 1e6 / took:6.0f} MB/s   proxy {proxy:10} gateway {gateway}")
             http.post(f"/v1/executions/{execution_id}/cancel")
-            time.sleep(5)
+            time.sleep(5)  # what the cancelled one leaves is let go: the next one's memory is its own
 
 
 def main() -> None:

@@ -81,7 +81,8 @@ def inputs(seed: int) -> dict[str, bytes]:
     picture = io.BytesIO()
     mask = coarse.truth["vessels"]
     fine = np.kron(mask.array, np.ones((_FINER, _FINER, _FINER), np.uint8))
-    vessels = LabelMap(fine, tuple(side / _FINER for side in mask.spacing_mm), mask.origin_mm, mask.direction, mask.labels)  # type: ignore[arg-type]
+    z, y, x = mask.spacing_mm
+    vessels = LabelMap(fine, (z / _FINER, y / _FINER, x / _FINER), mask.origin_mm, mask.direction, mask.labels)
     noise = np.random.default_rng(seed).integers(0, 256, (75, 100, 3), np.uint8)
     Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC).save(picture, "JPEG", quality=90)
     return {

@@ -179,12 +179,11 @@ class _Passage:
         elif not message.get("more_body", False):
             status = int(self._withheld["status"])
             if status == 404:
-                self._withheld = {**self._withheld, "headers": [(b"retry-after", b"5")]}
-                await self.answer(503, _STARTING)
+                await self.answer(503, _STARTING, retry_after="5")
             else:
                 await self.answer(status, _SAID_BY_SERVE.get(status, _SAID_BY_SERVE[500]))
 
-    async def answer(self, status: int, said: tuple[str, str, str]) -> None:
+    async def answer(self, status: int, said: tuple[str, str, str], retry_after: str | None = None) -> None:
         """Answer with a problem, unless an answer has begun."""
         if self._started:
             return
@@ -199,8 +198,10 @@ class _Passage:
         detail = detail.format(path=path, trace_id=trace_id)
         response = problem(status, code, title, detail, instance=path, trace_id=trace_id)
         response.headers["X-Request-ID"] = request_id or trace_id
-        if b"retry-after" in headers:
-            response.headers["Retry-After"] = headers[b"retry-after"].decode("ascii")
+        if retry_after is None and b"retry-after" in headers:
+            retry_after = headers[b"retry-after"].decode("ascii")
+        if retry_after is not None:
+            response.headers["Retry-After"] = retry_after
         await response(self._scope, self._receive, self._send)
 
     def close(self) -> None:

@@ -29,6 +29,9 @@ from scangraph.supervising import LEFTOVER, remove_leftovers
 DOOR = "deployments.gateway.door:middlewares"
 #: What Serve's gRPC proxies call when they start.
 SERVICES = "deployments.gateway.rpc.door.add_services"
+#: How Serve's controller looks after its proxies. A dead one is told by three looks; Serve's pause between them, 10 s, makes an
+#: absence of 30 s. And one that is not up within 5 s is killed and begun anew, which on a busy machine goes on for ever.
+_PROXIES_CARE = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
 
 @dataclass(frozen=True)
@@ -153,11 +156,11 @@ def grpc_options(settings: Settings, port: int | None) -> gRPCOptions:
 
 
 def proxies_environment(settings: Settings) -> dict[str, str]:
-    """Return what Serve's proxies must find in their environment, where they read the few settings that they need."""
+    """Return what Serve's proxies, and who looks after them, must find in their environment."""
     grpc = {
         f"SCANGRAPH_GRPC__{name.upper()}": str(getattr(settings.grpc, name)) for name in ("max_message_bytes", "max_streams")
     }
-    return {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": DOOR, "SCANGRAPH_HOST": settings.host, **grpc}
+    return {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": DOOR, "SCANGRAPH_HOST": settings.host, **_PROXIES_CARE, **grpc}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,9 @@ from cluster.images.sbom import normal, sbom
 from deployments.imageio.nifti import write_nifti
 from runtime_envs import pins
 from runtime_envs.build import SERVING
+from scangraph.cluster import proxies_environment
 from scangraph.phantoms import Phantom
+from scangraph.settings import Settings
 from tests.conftest import ROOT
 
 FOLDER = ROOT / "cluster/images"
@@ -49,6 +51,12 @@ def stages() -> dict[str, list[str]]:
 
 
 STAGES = stages()
+
+
+def test_what_serves_proxies_need_is_in_every_image() -> None:
+    needed = {name: value for name, value in proxies_environment(Settings()).items() if name.startswith("RAY_SERVE_")}
+    told = next(line for line in STAGES["base"] if line.startswith("ENV PATH=")).removeprefix("ENV ").split()
+    assert needed.items() <= dict(pair.split("=", 1) for pair in told).items()
 
 
 def built(*names: str) -> None:

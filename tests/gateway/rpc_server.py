@@ -33,11 +33,14 @@ def factory(replica: Rpc) -> Callable[..., Any]:
             return wire
 
         async def stream(messages: AsyncIterator[Any], context: Any) -> AsyncIterator[bytes]:
-            async with contextlib.aclosing(
-                method(gRPCInputStream(messages), grpc_context=RayServegRPCContext(context))
-            ) as parcels:
-                async for parcel in parcels:
-                    yield parcel.SerializeToString()
+            try:
+                async with contextlib.aclosing(
+                    method(gRPCInputStream(messages), grpc_context=RayServegRPCContext(context))
+                ) as parcels:
+                    async for parcel in parcels:
+                        yield parcel.SerializeToString()
+            finally:
+                context.peer()  # as Serve does for its access log, also when the call is long over
 
         return unary if streaming_type is gRPCStreamingType.UNARY_UNARY else stream
 

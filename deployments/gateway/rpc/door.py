@@ -162,10 +162,17 @@ async def _end(context: Any, ending: Ending) -> None:
 
 
 class _Seen:
-    """A call's context as Serve sees it: without what steers, and what Serve says of the end is only heard."""
+    """A call's context as Serve sees it: without what steers, and what Serve says of the end is only heard.
+
+    Nothing is asked of the call itself once it runs. Serve asks for the peer after the end, for its access log, and a call that
+    is cancelled ends before Serve does: gRPC then reads memory that is free already, and the proxy dies with every connection.
+    """
 
     def __init__(self, context: Any) -> None:
-        self._context, self._code = context, grpc.StatusCode.OK
+        self._code = grpc.StatusCode.OK
+        self._peer: str = context.peer()
+        self._auth = context.auth_context()
+        self._identities, self._identity_key = context.peer_identities(), context.peer_identity_key()
         given = tuple(context.invocation_metadata() or ())
         ids = [value for name, value in given if name == "request_id"]
         self._metadata = tuple((name, value) for name, value in given if name not in _STEERING)
@@ -173,8 +180,17 @@ class _Seen:
         if len(ids) == 1 and _HARMLESS_ID.fullmatch(ids[0]):
             self._metadata += (("request_id", ids[0]),)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+    def peer(self) -> str:
+        return self._peer
+
+    def peer_identities(self) -> Any:
+        return self._identities
+
+    def peer_identity_key(self) -> Any:
+        return self._identity_key
+
+    def auth_context(self) -> Any:
+        return self._auth
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self._metadata
@@ -192,10 +208,13 @@ class _Seen:
         self._code = code
 
     def set_details(self, details: str) -> None:
-        self._details = details
+        """Do nothing: what a client is told is the replica's sentence, or ours."""
 
     def set_trailing_metadata(self, metadata: Any) -> None:
         """Do nothing: Serve's are of no use to a client."""
+
+    def set_compression(self, compression: Any) -> None:
+        """Do nothing: no replica of ours asks for it."""
 
     def as_ours(self, method: str) -> Ending:
         """Return how a call ends of which the replica said nothing."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import uvicorn.config
 from ray.serve._private import constants
+from ray.serve.exceptions import RequestCancelledError
 from starlette.middleware import Middleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,10 +86,17 @@ def middlewares() -> list[Middleware]:
     # authors leave that to a server in front), and a middleware sees a request only when the head is complete. This table is
     # where "auto" gets its meaning, and it is read after this call.
     logs.configure("proxy")
+    logging.getLogger("asyncio").addFilter(is_news)
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{HeadDeadline.__name__}"
     # The gRPC proxy is in the same process and begins to listen after this call.
     rpc.prepare(load_settings())
     return [Middleware(Door)]
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's is worth one: Serve leaves a wait behind for each call whose client has gone, as an error."""
+    left_behind = record.exc_info[1] if record.exc_info else None
+    return not isinstance(left_behind, RequestCancelledError | StopAsyncIteration)
 
 
 class Door:

@@ -147,6 +147,17 @@ def test_a_deadline_reaches_the_execution(stub: Any, bearer: Any, service: str, 
         assert state == "cancelled"
 
 
+def test_a_client_that_leaves_is_no_error_of_the_proxys(stub: Any, bearer: Any, service_settings: Settings) -> None:
+    for number in range(5):
+        parts = chunks(mask(9 + number), 1, filename="m.nii.gz", pipeline_id="postprocess-clean")
+        told = stub.ProcessImageStream(parts, metadata=bearer, timeout=100)
+        next(told)
+        told.cancel()
+    time.sleep(2)
+    (written,) = (service_settings.data / "logs").glob("proxy_*.log")
+    assert "never retrieved" not in written.read_text()
+
+
 def test_a_call_whose_gateway_is_killed_ends_and_the_same_call_again_finds_its_execution(stub: Any, bearer: Any) -> None:
     image = write_nifti(Volume(np.ones((160, 220, 220), np.int16), (2, 2, 2)))
 

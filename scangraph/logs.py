@@ -19,6 +19,7 @@ from logging.handlers import RotatingFileHandler
 from typing import Any
 
 from scangraph import tracing
+from scangraph.contracts.errors import ScanGraphError
 
 _OWN, _SERVE = "scangraph", "ray.serve"
 _execution: ContextVar[str | None] = ContextVar("scangraph_execution", default=None)
@@ -126,6 +127,12 @@ class TextLines(_Formatter):
         return "\n".join(part for part in (f"{head} [{rest}]" if rest else head, traceback) if part)
 
 
+def is_failure(record: logging.LogRecord) -> bool:
+    """Whether a line is about more than a refusal: of that who asked is told, and whoever runs the service need not be."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, ScanGraphError) and error.status < 500)
+
+
 def configure(deployment: str | None = None) -> None:
     """Let a process of Serve write our lines, by our formatter, where it writes its own; anywhere else nothing happens.
 
@@ -152,4 +159,5 @@ def configure(deployment: str | None = None) -> None:
         target.setFormatter((JsonLines if as_json else TextLines)(deployment, replica))
     # What libraries have to say, too: without a handler Python writes it to stderr as it is, names and all.
     root.handlers = list(serve.handlers)
+    serve.addFilter(is_failure)  # Serve writes every error that leaves a replica, with its traceback
     logging.getLogger(_OWN).setLevel(serve.level)

@@ -77,6 +77,12 @@ def test_a_chain_of_errors_is_told_without_names() -> None:
     assert found["code"] == "stage-failed"
 
 
+def test_a_refusal_is_no_failure() -> None:
+    refused, failed = raised(FileMissing(path="ct")), raised(StageFailed(stage="nnunet"))
+    told = [logs.is_failure(record("Request failed.", error=error)) for error in (refused, failed, raised(ValueError()), None)]
+    assert told == [False, True, True, True]
+
+
 def test_a_text_for_people() -> None:
     with logs.about(ID):
         text = logs.TextLines("gateway", "r1").format(record("hello %d", 5, error=raised(ValueError("why")), seconds=2))

@@ -185,7 +185,8 @@ class Supervisor:
                     self.say(f"The service has ended by itself ({process.returncode}).")
                 break
             if self._told():
-                process.returncode = self._stop_it(process.pid)
+                # What has not started has nothing to end well, and does not listen meanwhile: our `_end_all` is for it.
+                process.returncode = self._stop_it(process.pid) if up else -signal.SIGKILL
                 return up, process.returncode
             if not up and state.exists():
                 with contextlib.suppress(OSError, ValueError):

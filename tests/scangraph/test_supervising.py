@@ -48,6 +48,9 @@ if how == "never":
     sys.exit(7)
 signal.signal(signal.SIGINT, signal.SIG_IGN if how == "deaf" else lambda *_: sys.exit(0))
 vital = subprocess.Popen(["sleep", "1000"])
+if how == "starting":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(1000)
 subprocess.run(["sh", "-c", "sleep 1001 & echo $! >" + str(data / "orphan")])
 told = json.dumps({"url": "http://127.0.0.1:1234", "pid": os.getpid(), "vital": vital.pid})
 (data / "run/service.json").write_text(told)
@@ -139,6 +142,14 @@ def test_what_does_not_stop_is_killed_at_the_end_of_its_time(data: Path) -> None
     assert code == 0
     assert "did not stop in time" in said
     assert 1 <= time.monotonic() - began < 10
+
+
+def test_what_still_starts_is_stopped_at_once(data: Path) -> None:
+    run = Run(data, "starting", seconds=1000)
+    while not run.starts():
+        time.sleep(0.05)
+    code, said = run.end()
+    assert (code, said) == (0, "")
 
 
 def test_who_asks_twice_does_not_wait(data: Path) -> None:

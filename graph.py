@@ -30,6 +30,8 @@ from scangraph import autoscaling
 from scangraph.catalog import Catalog
 from scangraph.settings import Settings, StageSettings, load_settings
 
+#: Between Serve's looks at a replica. One that died is replaced at the next look; Serve's own pause is 10 s.
+LOOK_SECONDS = 2.0
 COMPONENTS = (*nnunet.COMPONENTS, *postprocess.COMPONENTS, *smoothing.COMPONENTS, *imaging.COMPONENTS)
 
 
@@ -63,6 +65,7 @@ def build_app(settings: Settings) -> Application:
                 **(scaling or policy(autoscaling.Queued, work_seconds=share.work_seconds)),
             },
             graceful_shutdown_timeout_s=share.shutdown_seconds,
+            health_check_period_s=LOOK_SECONDS,
             max_surge_percent=share.surge_percent,
             logging_config=logging,
             request_router_config={"request_router_class": "scangraph.routing:NearTheData"},
@@ -76,6 +79,7 @@ def build_app(settings: Settings) -> Application:
             ray_actor_options={"num_cpus": 0, **place(name)},
             logging_config=logging,
             max_ongoing_requests=s.gateway.max_requests,
+            health_check_period_s=LOOK_SECONDS,
             max_surge_percent=100,  # the old ones serve until the new ones do
             **options,
         )

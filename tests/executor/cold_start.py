@@ -43,12 +43,13 @@ def main(folder: Path) -> None:
         with local_service(settings) as service:
             headers = {"Authorization": f"Bearer {local_token(settings, minutes=10)}"}
             mask = LabelMap(np.pad(np.full((5, 5, 5), 2, np.uint8), 3), (1, 1, 1), labels=(2,))
-            (settings.storage_root / "mask.nii.gz").write_bytes(write_nifti(mask))
             with httpx.Client(base_url=service.url, headers=headers, timeout=60) as client:
                 assert client.get("/readyz").status_code == 200
                 assert client.get("/v1/components").status_code == 200  # asks which models are warm, and starts nothing for it
                 assert replicas("postprocess") == replicas("smoothing") == 0
-                body = {"pipeline_id": "postprocess-merge", "inputs": {"masks": ["mask.nii.gz"]}}
+                upload = {"file": ("mask.nii.gz", write_nifti(mask))}
+                file = client.post("/v1/files", files=upload).raise_for_status().json()["id"]
+                body = {"pipeline_id": "postprocess-merge", "inputs": {"masks": [file]}}
                 execution = client.post("/v1/executions", json=body).json()["execution_id"]
                 messages: list[str] = []
 

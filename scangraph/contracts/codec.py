@@ -67,7 +67,13 @@ def from_bytes(data: bytes) -> Value:
         raise DamagedResult(reason=f"it has {len(data) - start} bytes, {size} were written")
     if hashlib.sha256(memoryview(data)[start:]).digest() != digest:
         raise DamagedResult(reason="its checksum does not fit")
-    head = json.loads(data[start : start + head_size])
+    # The head's own length is not in the checksum: so it has to end where the arrays begin.
+    try:
+        head = json.loads(data[start : start + head_size])
+    except ValueError:
+        raise DamagedResult(reason="its head does not end where it should") from None
+    if head_size + sum(entry["size"] for entry in head["arrays"]) != size:
+        raise DamagedResult(reason="its arrays do not begin where they should")
     at, arrays = start + head_size, []
     for entry in head["arrays"]:
         raw = memoryview(data)[at : at + entry["size"]]

@@ -166,6 +166,17 @@ def test_every_damage_is_noticed(data: st.DataObject) -> None:
             from_bytes(damaged)
 
 
+@pytest.mark.parametrize("filling", [b" ", b"1"])  # JSON may be followed by blanks
+def test_every_damage_before_the_head_is_noticed(filling: bytes) -> None:
+    whole = to_bytes(filling * 40)
+    for position in range(whole.index(b'{"type"')):
+        for more in range(1, 256):
+            damaged = bytearray(whole)
+            damaged[position] = (damaged[position] + more) % 256
+            with pytest.raises(DamagedResult):
+                from_bytes(bytes(damaged))
+
+
 def test_strangers_are_refused() -> None:
     with pytest.raises(TypeError):
         to_bytes(object())  # type: ignore[arg-type]

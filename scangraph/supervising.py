@@ -129,7 +129,7 @@ class Supervisor:
         try:
             while True:
                 began = time.monotonic()
-                was_up, code = self._once(ports)
+                was_up, code = self._once(ports, first=not been_up)
                 if self._told():
                     return 0
                 been_up = been_up or was_up
@@ -168,7 +168,7 @@ class Supervisor:
                 ended[found[0]] = os.waitstatus_to_exitcode(found[1])
         return ended
 
-    def _once(self, ports: dict[str, str]) -> tuple[bool, int]:
+    def _once(self, ports: dict[str, str], *, first: bool) -> tuple[bool, int]:
         """Run it once, on the ports of the last time; return whether it was up, and its exit code."""
         state = self.data / SERVICE_FILE
         state.unlink(missing_ok=True)  # of one that was killed
@@ -185,8 +185,9 @@ class Supervisor:
                     self.say(f"The service has ended by itself ({process.returncode}).")
                 break
             if self._told():
-                # What has not started has nothing to end well, and does not listen meanwhile: our `_end_all` is for it.
-                process.returncode = self._stop_it(process.pid) if up else -signal.SIGKILL
+                # What never was up has nothing to end well, and does not listen before it is: `_end_all` is for it. One that is
+                # started again works before it says that it is up.
+                process.returncode = -signal.SIGKILL if first and not up else self._stop_it(process.pid)
                 return up, process.returncode
             if not up and state.exists():
                 with contextlib.suppress(OSError, ValueError):

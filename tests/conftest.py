@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from ray._private import auto_init_hook
@@ -16,6 +17,11 @@ from scangraph.contracts import LabelMap, Volume
 from scangraph.phantoms import Phantom, make_phantom
 from scangraph.settings import Settings, load_settings
 from tests.s3 import in_own_place
+
+# The same examples every time, so that what fails does so for who changed something; `--hypothesis-profile=wide` has others.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("wide", deadline=None)
+hypothesis.settings.load_profile("suite")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"

@@ -30,7 +30,7 @@ DOOR = "deployments.gateway.door:middlewares"
 #: What Serve's gRPC proxies call when they start.
 SERVICES = "deployments.gateway.rpc.door.add_services"
 #: How Serve's controller looks after its proxies. A dead one is told by three looks; Serve's pause between them, 10 s, makes an
-#: absence of 30 s. And one that is not up within 5 s is killed and begun anew, which on a busy machine goes on for ever.
+#: absence of 30 s. And one that is not up within 5 s is killed and begun anew, with which a busy machine is never done.
 _PROXIES_CARE = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60"}
 
 

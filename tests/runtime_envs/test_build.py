@@ -28,7 +28,7 @@ def pins(stage: str) -> dict[str, str]:
 
 
 def configured(text: str, folder: Path, **variables: str) -> dict[str, str]:
-    """The variables that uv gets where pip has this configuration."""
+    """The variables that uv gets where pip has this configuration. Its addresses are nobody's, and nothing is asked of them."""
     (folder / "pip.conf").write_text(text)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "SSL_"))}
     config = str(folder / "pip.conf") if text else os.devnull

@@ -23,6 +23,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health_pb2
 from ray.serve._private import constants, default_impl
 from ray.serve._private.proxy_request_response import gRPCStreamingType
+from ray.serve.grpc_util import RayServegRPCContext
 
 from deployments.gateway.rpc.flow import STEP, WINDOW, Ending, unpack
 from deployments.gateway.rpc.status import ending_of
@@ -161,60 +162,27 @@ async def _end(context: Any, ending: Ending) -> None:
         await context.abort(grpc.StatusCode[ending.code], ending.detail, ((DETAILS, ending.status),))
 
 
-class _Seen:
+class _Seen(RayServegRPCContext):
     """A call's context as Serve sees it: without what steers, and what Serve says of the end is only heard.
 
-    Nothing is asked of the call itself once it runs. Serve asks for the peer after the end, for its access log, and a call that
-    is cancelled ends before Serve does: gRPC then reads memory that is free already, and the proxy dies with every connection.
+    It is Serve's own copy of a context, so nothing is asked of the call itself once it runs. Serve asks for the peer after the
+    end, for its access log, and a call that is cancelled ends before Serve does: gRPC then reads memory that is free already,
+    and the proxy dies with every connection.
     """
 
     def __init__(self, context: Any) -> None:
+        super().__init__(context)
         self._code = grpc.StatusCode.OK
-        self._peer: str = context.peer()
-        self._auth = context.auth_context()
-        self._identities, self._identity_key = context.peer_identities(), context.peer_identity_key()
         given = tuple(context.invocation_metadata() or ())
         ids = [value for name, value in given if name == "request_id"]
-        self._metadata = tuple((name, value) for name, value in given if name not in _STEERING)
-        self._metadata += (("application", APPLICATION),)
+        self._invocation_metadata = [(name, value) for name, value in given if name not in _STEERING]
+        self._invocation_metadata.append(("application", APPLICATION))
         if len(ids) == 1 and _HARMLESS_ID.fullmatch(ids[0]):
-            self._metadata += (("request_id", ids[0]),)
+            self._invocation_metadata.append(("request_id", ids[0]))
 
-    def peer(self) -> str:
-        return self._peer
-
-    def peer_identities(self) -> Any:
-        return self._identities
-
-    def peer_identity_key(self) -> Any:
-        return self._identity_key
-
-    def auth_context(self) -> Any:
-        return self._auth
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        return self._metadata
-
-    def trailing_metadata(self) -> tuple[()]:
-        return ()
-
-    def code(self) -> int:
+    def code(self) -> Any:
+        """Return that nothing was said yet: only then Serve says how a call ended."""
         return 0
-
-    def details(self) -> str:
-        return ""
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self._code = code
-
-    def set_details(self, details: str) -> None:
-        """Do nothing: what a client is told is the replica's sentence, or ours."""
-
-    def set_trailing_metadata(self, metadata: Any) -> None:
-        """Do nothing: Serve's are of no use to a client."""
-
-    def set_compression(self, compression: Any) -> None:
-        """Do nothing: no replica of ours asks for it."""
 
     def as_ours(self, method: str) -> Ending:
         """Return how a call ends of which the replica said nothing."""

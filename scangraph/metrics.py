@@ -54,7 +54,12 @@ class Counter(Metric):
 
 @dataclass(frozen=True)
 class Gauge(Metric):
-    """What is, now, in this process; the page shows the sum over a node's processes."""
+    """What is, now, in this process; the page shows the sum over a node's processes.
+
+    Ray hands a value on once, even if nobody takes it (an agent that is busy), and its agent forgets it after two
+    intervals, which are 20 s where nothing else is set (Ray 2.60, `open_telemetry_metric_recorder` in C++ and in Python).
+    So whoever sets a gauge sets it again every few seconds.
+    """
 
     kind: ClassVar[str] = "gauge"
 

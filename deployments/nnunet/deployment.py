@@ -68,6 +68,10 @@ class Nnunet(Stage):
         """Return the SHA-256 of the models that this replica holds in memory."""
         return self._models.held
 
+    async def check_health(self) -> None:
+        """Say anew what is held, as often as Serve looks at the replica: Ray forgets a gauge that is not repeated."""
+        self._models.tell()
+
     def _run(self, task: str, inputs: Mapping[str, Any], parameters: SegmentParameters, report: Report) -> StepOutput:
         report(0, 0, "loading the model")
         guide, warnings = self._find_guide(task, parameters)

@@ -83,13 +83,15 @@ class ModelStore:
                 metrics.MODEL_EVICTIONS.add()
             self._loaded[model.digest] = [self._load(model, i) for i in range(len(model.manifest.networks))]
         self._loaded.move_to_end(model.digest)
-        self._count(fresh)
+        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add()
+        self.tell()
         return model, self._loaded[model.digest], fresh
 
-    def _count(self, fresh: bool) -> None:
-        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add()
-        metrics.MODELS_HELD.set(len(self._loaded))
-        metrics.MODELS_HELD_BYTES.set(sum(network.weight_bytes for networks in self._loaded.values() for network in networks))
+    def tell(self) -> None:
+        """Report how much is held; from any thread, while another one loads."""
+        held = list(self._loaded.values())
+        metrics.MODELS_HELD.set(len(held))
+        metrics.MODELS_HELD_BYTES.set(sum(network.weight_bytes for networks in held for network in networks))
 
     @property
     def held(self) -> list[str]:

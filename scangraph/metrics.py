@@ -129,11 +129,11 @@ ARGUMENTS = Counter(
     ("deployment", "place"),
 )
 TILES = Counter("scangraph_tiles", "Tiles that networks have computed", ("component",))
-MODELS_HELD = Gauge("scangraph_models_held", "Models in memory")
-MODELS_HELD_BYTES = Gauge("scangraph_models_held_bytes", "Weights of the models in memory, as stored")
-MODEL_HITS = Counter("scangraph_model_hits", "Models wanted that were in memory")
-MODEL_LOADS = Counter("scangraph_model_loads", "Models loaded")
-MODEL_EVICTIONS = Counter("scangraph_model_evictions", "Models that left the memory for others")
+MODELS_HELD = Gauge("scangraph_models_held", "Models in memory", ("deployment",))
+MODELS_HELD_BYTES = Gauge("scangraph_models_held_bytes", "Weights of the models in memory, as stored", ("deployment",))
+MODEL_HITS = Counter("scangraph_model_hits", "Models wanted that were in memory", ("deployment",))
+MODEL_LOADS = Counter("scangraph_model_loads", "Models loaded", ("deployment",))
+MODEL_EVICTIONS = Counter("scangraph_model_evictions", "Models that left the memory for others", ("deployment",))
 
 # --- doors -------------------------------------------------------------------------------------------------------------------
 

@@ -37,11 +37,11 @@ _PANELS: list[tuple[str, str, dict[str, str]]] = [
     ("Arguments copied between nodes", "Bps", {
         "{{deployment}}": 'sum by (deployment) (rate(scangraph_argument_bytes_total{place="elsewhere"}[$__rate_interval]))',
     }),
-    ("Models in memory", "bytes", {"{{node}}": "scangraph_models_held_bytes"}),
+    ("Models in memory", "bytes", {"{{deployment}} {{node}}": "scangraph_models_held_bytes"}),
     ("Models wanted, per minute", "short", {
-        "there": "60 * sum(rate(scangraph_model_hits_total[$__rate_interval]))",
-        "loaded": "60 * sum(rate(scangraph_model_loads_total[$__rate_interval]))",
-        "evicted": "60 * sum(rate(scangraph_model_evictions_total[$__rate_interval]))",
+        "{{deployment}}, there": "60 * sum by (deployment) (rate(scangraph_model_hits_total[$__rate_interval]))",
+        "{{deployment}}, loaded": "60 * sum by (deployment) (rate(scangraph_model_loads_total[$__rate_interval]))",
+        "{{deployment}}, evicted": "60 * sum by (deployment) (rate(scangraph_model_evictions_total[$__rate_interval]))",
     }),
     ("Object store", "bytes", {
         "{{place}} {{node}}": "scangraph_object_store_bytes",

@@ -60,6 +60,10 @@ class Imaging(Stage):
         """Return the SHA-256 of the models that this replica holds in memory."""
         return self._networks.warm
 
+    async def check_health(self) -> None:
+        """Say anew what is held, as often as Serve looks at the replica: Ray forgets a gauge that is not repeated."""
+        self._networks.tell()
+
     def _resize(self, inputs: Mapping[str, Any], parameters: ResizeParameters, report: Report) -> StepOutput:
         image: Image2D = inputs["image"]
         sizes = [

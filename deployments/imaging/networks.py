@@ -16,9 +16,11 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from deployments.imaging.layouts import Layout, recognise
+from scangraph import metrics
 from scangraph.contracts.errors import InvalidModel
 from scangraph.models import Detector, choose_detector, verify_files
 
+_DEPLOYMENT = "imaging"
 _MAX_BYTES = 2**30
 #: Operators that onnxruntime has itself; others would be somebody's code.
 _DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
@@ -133,6 +135,7 @@ class Network:
             self._session = onnxruntime.InferenceSession(data, options, providers=providers)
         except Exception as error:  # onnxruntime's errors share no class of their own
             raise InvalidModel(folder=name, reason=f"onnxruntime cannot load it: {_first_line(error)}") from None
+        self.stored_bytes = len(data)
         self.device = "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
         self.facts = self._look(name, input_size, layout)
 
@@ -205,7 +208,8 @@ class Networks:
 
     def get(self, model: Detector) -> Network:
         """Return a detector's network, loaded now if it was not; its files are verified first."""
-        if model.digest not in self._loaded:
+        fresh = model.digest not in self._loaded
+        if fresh:
             verify_files(model)
             manifest = model.manifest
             data, name = (model.folder / manifest.network).read_bytes(), str(model.folder)
@@ -217,4 +221,13 @@ class Networks:
         self._loaded.move_to_end(model.digest)
         while len(self._loaded) > self._held:
             self._loaded.popitem(last=False)
+            metrics.MODEL_EVICTIONS.add(deployment=_DEPLOYMENT)
+        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add(deployment=_DEPLOYMENT)
+        self.tell()
         return self._loaded[model.digest]
+
+    def tell(self) -> None:
+        """Report how much is held; from any thread, while another one loads."""
+        held = list(self._loaded.values())
+        metrics.MODELS_HELD.set(len(held), deployment=_DEPLOYMENT)
+        metrics.MODELS_HELD_BYTES.set(sum(network.stored_bytes for network in held), deployment=_DEPLOYMENT)

@@ -27,6 +27,7 @@ from scangraph.models import Model, ModelManifest, choose_model, verify_files
 #: Below this part of common space two phases cannot be of one region.
 _LEAST_OVERLAP = 0.5
 _AIR_HU = -1024
+_DEPLOYMENT = "nnunet"
 #: With less free memory than this the least recently used models go.
 _LEAST_FREE = 2 * 2**30
 #: Median HU inside the found structure under which the image is unlikely to be of its phase, per (input, label name).
@@ -80,18 +81,19 @@ class ModelStore:
             verify_files(model)
             while len(self._loaded) >= self._held or (self._loaded and free_memory() < _LEAST_FREE):
                 self._loaded.popitem(last=False)
-                metrics.MODEL_EVICTIONS.add()
+                metrics.MODEL_EVICTIONS.add(deployment=_DEPLOYMENT)
             self._loaded[model.digest] = [self._load(model, i) for i in range(len(model.manifest.networks))]
         self._loaded.move_to_end(model.digest)
-        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add()
+        (metrics.MODEL_LOADS if fresh else metrics.MODEL_HITS).add(deployment=_DEPLOYMENT)
         self.tell()
         return model, self._loaded[model.digest], fresh
 
     def tell(self) -> None:
         """Report how much is held; from any thread, while another one loads."""
         held = list(self._loaded.values())
-        metrics.MODELS_HELD.set(len(held))
-        metrics.MODELS_HELD_BYTES.set(sum(network.weight_bytes for networks in held for network in networks))
+        metrics.MODELS_HELD.set(len(held), deployment=_DEPLOYMENT)
+        stored = sum(network.weight_bytes for networks in held for network in networks)
+        metrics.MODELS_HELD_BYTES.set(stored, deployment=_DEPLOYMENT)
 
     @property
     def held(self) -> list[str]:

@@ -178,7 +178,7 @@ class MetricsSettings(Section):
     interval_seconds: float = Field(
         10,
         ge=1,
-        le=10,
+        le=10,  # whatever is said here, Ray's agent forgets a gauge after 20 s
         description="how often processes of a local service report; in a cluster RAY_metrics_report_interval_ms says it",
     )
 

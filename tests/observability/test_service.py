@@ -236,7 +236,7 @@ def test_the_trace_goes_on_when_the_executor_dies(
     assert (
         settled(client, "scangraph_executions_taken_over_total{}", 1)["scangraph_tiles_total{component=inference/totalseg}"] > 0
     )
-    # Looked at long after the model was loaded: what is now must be said anew.
+    # Some seconds after the model was used last, and the agent of these tests forgets what is not said anew for two.
     held = settled(client, "scangraph_models_held{deployment=nnunet}", 1)
     assert held["scangraph_models_held_bytes{deployment=nnunet}"] > 1000
     settled(client, "scangraph_models_held{deployment=imaging}", 1)  # loaded at its start

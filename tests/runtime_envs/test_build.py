@@ -28,11 +28,14 @@ def pins(stage: str) -> dict[str, str]:
 
 
 def configured(text: str, folder: Path, **variables: str) -> dict[str, str]:
-    """The variables that uv gets where pip has this configuration. Its addresses are nobody's, and nothing is asked of them."""
+    """The variables that uv gets where pip has this configuration."""
     (folder / "pip.conf").write_text(text)
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "SSL_"))}
     config = str(folder / "pip.conf") if text else os.devnull
     return uv_environment(sys.executable, {**plain, "PIP_CONFIG_FILE": config, **variables})
+
+
+# The registries in these tests are made up (example.org: RFC 2606; a, b and c are no hosts), and nothing is asked of them.
 
 
 def test_pips_wheel_folders_and_indexes_become_uvs(tmp_path: Path) -> None:
